@@ -1,0 +1,338 @@
+"""One layer for all: the routed skeleton of every application and of the odd routers, from the public API alone.
+
+Each skeleton is compared with a plain computation of what its paper describes.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.zoo.moe.reference import double_loop
+from zoo.moe import (
+    DenseRouter,
+    GroupedExperts,
+    ModuleExperts,
+    MoELayer,
+    NoisyTopKRouter,
+    RoutedModule,
+    Router,
+    RoutingOutput,
+    ThresholdRouter,
+    TopKRouter,
+    collect_aux_losses,
+    load_balancing_loss,
+    record_usage,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+# --- the applications -------------------------------------------------------------------------------------------------
+
+
+def conv_expert(channels: int, out: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, out, 3, padding=1))
+
+
+def test_fusion_routes_images_to_modality_tied_conv_experts() -> None:
+    """MoLE: experts 0, 1 read the visible stream, 2, 3 the infrared one; logsumexp; one of each at least."""
+    experts = [conv_expert(3, 2) for _ in range(4)]
+    mole = MoELayer(
+        NoisyTopKRouter(6, 4, 2, num_groups=2, min_per_group=1),
+        ModuleExperts(experts, stream=[0, 0, 1, 1], unit_ndims=[3, 3]),
+        combine="logsumexp",
+        aux_losses={"importance": 0.01, "load": 0.01},
+    )
+    visible, infrared = torch.randn(5, 3, 8, 10), torch.randn(5, 3, 8, 10)
+    gate_input = torch.cat([visible.mean((2, 3)), infrared.mean((2, 3))], 1)
+    out, routing = mole((visible, infrared), router_input=gate_input, return_routing=True)
+    assert out.shape == (5, 2, 8, 10)
+    for image in range(5):
+        first, second = routing.expert_index[image].tolist()
+        assert {first // 2, second // 2} == {0, 1}
+        terms = [
+            math.log(routing.expert_weight[image, slot].item())
+            + experts[expert]((visible if expert < 2 else infrared)[image : image + 1])[0]
+            for slot, expert in enumerate((first, second))
+        ]
+        torch.testing.assert_close(out[image], torch.stack(terms).exp().sum(0).log(), atol=1e-5, rtol=1e-5)
+    losses = collect_aux_losses(mole)
+    (out.square().mean() + losses.total).backward()
+    assert set(losses.values) == {"importance", "load"}
+    assert mole.router.noise_weight.grad.norm() > 0
+
+
+def test_fusion_global_experts_change_the_unit() -> None:
+    """MoGE: 16 channels in, 1 channel out, any image size."""
+    moge = MoELayer(
+        TopKRouter(16, 4, 2), ModuleExperts([conv_expert(16, 1) for _ in range(4)], unit_ndims=[3]), combine="logsumexp"
+    )
+    for size in ((8, 8), (7, 13)):
+        x = torch.randn(3, 16, *size)
+        assert moge(x, router_input=x.mean((2, 3))).shape == (3, 1, *size)
+
+
+def test_customization_gate_sees_the_outputs_of_both_experts() -> None:
+    """Expert 0 is the global model's logits as they are, expert 1 a local one; the gate reads their confidences."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6 + 1, 1)
+
+        def forward(self, x: Tensor, expert_output: Tensor | None) -> Tensor:
+            confidence = torch.softmax(expert_output, -1).amax(-1)
+            return self.linear(torch.cat([x, (confidence[:, 1] - confidence[:, 0])[:, None]], 1))
+
+    local = nn.Linear(6, 3)
+    layer = MoELayer(
+        ThresholdRouter(gate=Gate()),
+        ModuleExperts([nn.Identity(), local], stream=[0, 1], unit_ndims=[1, 1]),
+        combine="select",
+        experts_first=True,
+    )
+    logits, features = torch.randn(50, 3), torch.randn(50, 6)
+    out, routing = layer((logits, features), router_input=features, return_routing=True)
+    to_local = routing.expert_index[:, 0] == 1
+    assert 0 < to_local.sum() < 50
+    torch.testing.assert_close(out, torch.where(to_local[:, None], local(features), logits))
+    layer.router.threshold.fill_(1.0)
+    assert torch.equal(layer((logits, features), router_input=features), logits), "a closed gate is the global model"
+
+
+def test_miga_attends_among_unchosen_experts_of_a_group() -> None:
+    """Experts run first, attention mixes the members of each group, then top-k weighs what it chose."""
+
+    class InnerGroupAttention(nn.Module):
+        def __init__(self, groups: int, dim: int) -> None:
+            super().__init__()
+            self.groups = groups
+            self.attention = nn.MultiheadAttention(dim, 2, batch_first=True)
+
+        def forward(self, outputs: Tensor) -> Tensor:
+            members = outputs.unflatten(1, (self.groups, -1)).flatten(0, 1)
+            return (
+                self.attention(members, members, members, need_weights=False)[0]
+                .unflatten(0, (-1, self.groups))
+                .flatten(1, 2)
+            )
+
+    mixer = InnerGroupAttention(3, 4)
+    experts = GroupedExperts(9, 8, 16, out_dim=4)
+    layer = MoELayer(TopKRouter(8, 9, 2), experts, experts_first=True, mixer=mixer, aux_losses={"load_balancing": 2e-3})
+    stocks = torch.randn(20, 8)
+    out, routing = layer(stocks, return_routing=True)
+    mixed = mixer(experts.forward_all([stocks]))
+    expected = torch.stack(
+        [
+            sum(w * mixed[t, e] for w, e in zip(routing.expert_weight[t], routing.expert_index[t], strict=True))
+            for t in range(20)
+        ]
+    )
+    torch.testing.assert_close(out, expected)
+    gradient = torch.autograd.grad(out[0].sum(), experts.down_proj)[0].flatten(1).norm(dim=1)
+    chosen = set(routing.expert_index[0].tolist())
+    helpers = {e for e in range(9) if any(e // 3 == c // 3 for c in chosen)}
+    assert {e for e in range(9) if gradient[e] > 0} == helpers and helpers > chosen
+
+
+def test_dmoerm_concatenates_all_experts_for_an_mlp() -> None:
+    """Inner layer: no gate, every LoRA-like expert, hidden states joined by expert id. Outer layer: one whole model."""
+    members = [nn.Linear(8, 5) for _ in range(3)]
+    inner = MoELayer(DenseRouter(3), ModuleExperts(members), combine="concat")
+    x = torch.randn(7, 8)
+    torch.testing.assert_close(inner(x), torch.cat([member(x) for member in members], 1))
+    assert not list(inner.router.parameters())
+
+    class Category(Router):
+        def forward(self, x: Tensor, *, token_ids: Tensor | None = None, **context: object) -> RoutingOutput:
+            logits = nn.functional.one_hot(token_ids, self.num_experts).float()
+            return self.output(token_ids[:, None], torch.ones(len(x), 1), logits=logits, probs=logits)
+
+    heads = [nn.Sequential(inner, nn.Linear(15, 1)) for _ in range(2)]
+    outer = MoELayer(Category(2, 1), ModuleExperts(heads), combine="select")
+    category = torch.tensor([0, 1, 1, 0, 0, 1, 0])
+    out = outer(x, token_ids=category)
+    torch.testing.assert_close(out, torch.where(category[:, None] == 1, heads[1](x), heads[0](x)), atol=1e-6, rtol=0)
+
+
+def test_smora_has_a_router_per_linear_and_ranks_as_experts() -> None:
+    """A routed module of its own: dense-masked products, one bias-balanced router in every adapted linear."""
+
+    class RankExperts(RoutedModule):
+        def __init__(self, base: nn.Linear, rank: int, top_k: int) -> None:
+            super().__init__()
+            self.base = base
+            self.router = TopKRouter(base.in_features, rank, top_k, score="sigmoid", scale=top_k, selection_bias=True)
+            self.lora_a = nn.Parameter(torch.randn(rank, base.in_features) / 4)
+            self.lora_b = nn.Parameter(torch.randn(base.out_features, rank) / 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            routing = self.router(x)
+            self.record(routing)
+            return self.base(x) + (x @ self.lora_a.T * routing.dense_weight()) @ self.lora_b.T
+
+    model = nn.Sequential(RankExperts(nn.Linear(8, 6), 8, 2), RankExperts(nn.Linear(6, 4), 8, 8))
+    x = torch.randn(10, 8)
+    first = model[0]
+    routing = first.router(x)
+    expected = first.base(x)
+    for unit in range(10):
+        for gate, rank in zip(routing.expert_weight[unit], routing.expert_index[unit].tolist(), strict=True):
+            expected[unit] = expected[unit] + gate * (first.lora_a[rank] @ x[unit]) * first.lora_b[:, rank]
+    torch.testing.assert_close(first(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(routing.expert_weight.sum(1), torch.full((10,), 2.0))
+    with record_usage(model) as usages:
+        model(x)
+    assert {name: usage.units for name, usage in usages.items()} == {"0": 10, "1": 10}
+
+
+def test_qa_is_a_drop_in_for_a_feed_forward_block() -> None:
+    """Token routing with padding: pads are neither routed nor counted, and change nothing for real tokens."""
+    layer = MoELayer(
+        TopKRouter(8, 4, 1, normalize=False), GroupedExperts(4, 8, 16), aux_losses={"load_balancing": 0.01}
+    )
+    x = torch.randn(2, 6, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]], dtype=torch.bool)
+    out, routing = layer(x, mask=mask, return_routing=True)
+    torch.testing.assert_close(out[1, :2], layer(x[1:, :2])[0])
+    assert routing.column_counts().sum() == 8
+    assert routing.sample_index.tolist() == [0] * 6 + [1] * 6
+
+
+# --- the odd ones -----------------------------------------------------------------------------------------------------
+
+
+def slotted(router: Router, logits: Tensor, keep: Tensor, probs: Tensor, **extra: object) -> RoutingOutput:
+    """All columns as slots, the ones not kept empty."""
+    index = torch.arange(router.num_experts).expand_as(probs[:, : router.num_experts])
+    index = index.masked_fill(~keep, router.num_experts)
+    return router.output(index, probs[:, : router.num_experts], logits=logits, probs=probs, **extra)
+
+
+class TopP(Router):
+    """Dynamic top-p: as many experts as it takes to reach probability p, the crossing one included."""
+
+    def __init__(self, dim: int, num_experts: int, p: float) -> None:
+        super().__init__(num_experts, num_experts)
+        self.linear, self.p = nn.Linear(dim, num_experts, bias=False), p
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, **context: object) -> RoutingOutput:
+        logits = self.linear(x)
+        probs = torch.softmax(logits, 1)
+        ordered, order = probs.sort(dim=1, descending=True)
+        keep = torch.zeros_like(probs, dtype=torch.bool).scatter(1, order, ordered.cumsum(1) - ordered <= self.p)
+        return slotted(self, logits, keep, probs, mask=mask)
+
+
+def test_top_p_fills_a_different_number_of_slots_per_unit() -> None:
+    layer = MoELayer(TopP(8, 6, 0.5), GroupedExperts(6, 8, 16))
+    x = 2 * torch.randn(30, 8)
+    out, routing = layer(x, return_routing=True)
+    torch.testing.assert_close(out, double_loop(layer.experts, x, routing), atol=2e-6, rtol=0)
+    filled = (routing.expert_index < 6).sum(1)
+    assert filled.min() == 1 and filled.max() > 2 and filled.unique().numel() > 2
+    assert torch.isfinite(load_balancing_loss(routing))
+
+
+class NullExperts(Router):
+    """AdaMoE: more columns than experts; a slot on a null column computes nothing."""
+
+    def __init__(self, dim: int, num_experts: int, num_null: int, top_k: int) -> None:
+        super().__init__(num_experts, top_k)
+        self.linear = nn.Linear(dim, num_experts + num_null, bias=False)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, **context: object) -> RoutingOutput:
+        logits = self.linear(x)
+        probs = torch.softmax(logits, 1)
+        weight, column = probs.topk(self.top_k, dim=1)
+        index = column.clamp(max=self.num_experts)
+        weight = weight.masked_fill(index == self.num_experts, 0.0)
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-20)
+        return self.output(index, weight, logits=logits, probs=probs, selected=column, mask=mask)
+
+
+def test_null_experts_have_columns_but_no_parameters() -> None:
+    layer = MoELayer(NullExperts(8, 4, 4, 3), GroupedExperts(4, 8, 16))
+    x = torch.randn(40, 8)
+    out, routing = layer(x, return_routing=True)
+    torch.testing.assert_close(out, double_loop(layer.experts, x, routing), atol=2e-6, rtol=0)
+    assert routing.num_columns == 8 and routing.column_counts().sum() == 120
+    assert routing.expert_counts().sum() < 120
+    real = routing.expert_weight.sum(1)
+    assert ((real - 1).abs() < 1e-5).logical_or(real == 0).all()
+    with record_usage(layer) as usages:
+        layer(x)
+    assert 0 < usages[""].summary()["dropped"] < 1
+
+
+class Recurrent(Router):
+    """RMoE: a GRU cell shared by all layers carries routing information from layer to layer."""
+
+    def __init__(self, dim: int, num_experts: int, top_k: int, cell: nn.GRUCell) -> None:
+        super().__init__(num_experts, top_k)
+        self.project = nn.Linear(dim, cell.input_size)
+        self.cell = cell
+        self.inner = TopKRouter(cell.hidden_size, num_experts, top_k)
+
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, state: Tensor | None = None, **context: object
+    ) -> RoutingOutput:
+        hidden = self.cell(self.project(x), state)
+        routing = self.inner(hidden, mask=mask)
+        routing.state = hidden
+        return routing
+
+
+def test_recurrent_state_passes_through_three_layers_by_argument() -> None:
+    cell = nn.GRUCell(5, 6)
+    layers = nn.ModuleList(MoELayer(Recurrent(8, 4, 2, cell), GroupedExperts(4, 8, 16)) for _ in range(3))
+    x = torch.randn(2, 3, 8)
+    hidden, state = x, None
+    for layer in layers:
+        update, routing = layer(hidden, state=state, return_routing=True)
+        hidden, state = hidden + update, routing.state
+    by_hand = torch.zeros(6, 6)
+    hidden = x
+    for layer in layers:
+        by_hand = cell(layer.router.project(hidden.flatten(0, 1)), by_hand)
+        hidden = hidden + layer(hidden, routing=layer.router.inner(by_hand))
+    torch.testing.assert_close(state, by_hand)
+    assert torch.autograd.grad(state.sum(), layers[0].router.project.weight)[0].norm() > 0
+
+
+class ExpertChoice(Router):
+    """Each expert takes its best units, within one sample, so that no output depends on batch mates."""
+
+    def __init__(self, dim: int, num_experts: int, capacity: int) -> None:
+        super().__init__(num_experts, num_experts)
+        self.linear, self.capacity = nn.Linear(dim, num_experts, bias=False), capacity
+
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, sample_index: Tensor | None = None, **context: object
+    ) -> RoutingOutput:
+        logits = self.linear(x)
+        probs = torch.softmax(logits, 1)
+        keep = torch.zeros_like(probs, dtype=torch.bool)
+        for sample in sample_index.unique():
+            units = ((sample_index == sample) & (True if mask is None else mask)).nonzero().flatten()
+            best = probs[units].topk(min(self.capacity, len(units)), dim=0).indices
+            keep[units[best], torch.arange(self.num_experts)] = True
+        return slotted(self, logits, keep, probs, mask=mask, sample_index=sample_index)
+
+
+def test_expert_choice_competes_within_a_sample_only() -> None:
+    layer = MoELayer(ExpertChoice(8, 4, 2), GroupedExperts(4, 8, 16))
+    x = torch.randn(3, 6, 8)
+    out, routing = layer(x, return_routing=True)
+    torch.testing.assert_close(out, double_loop(layer.experts, x.flatten(0, 1), routing).view_as(x), atol=2e-6, rtol=0)
+    assert routing.expert_counts().tolist() == [6, 6, 6, 6]
+    torch.testing.assert_close(out, torch.cat([layer(x[i : i + 1]) for i in range(3)]), atol=1e-6, rtol=0)
+    with record_usage(layer) as usages:
+        layer(x)
+    assert usages[""].summary()["max_load"] == pytest.approx(1.0)

@@ -1,0 +1,87 @@
+"""Auxiliary losses against their formulas and on planted routings."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from zoo.moe import NoisyTopKRouter, RoutingOutput, TopKRouter, importance_loss, load_balancing_loss, load_loss, z_loss
+from zoo.moe.losses import LOSSES, probability_in_top_k
+
+
+def routing_to(index: list[list[int]], num_experts: int, mask: list[bool] | None = None) -> RoutingOutput:
+    """A confident routing to the given experts with equal weights."""
+    choice = torch.tensor(index)
+    logits = torch.zeros(len(index), num_experts).scatter_(1, choice, 20.0)
+    weight = torch.full(choice.shape, 1 / choice.shape[1])
+    keep = None if mask is None else torch.tensor(mask)
+    if keep is not None:
+        choice = choice.masked_fill(~keep[:, None], num_experts)
+        weight = weight.masked_fill(~keep[:, None], 0.0)
+    return RoutingOutput(choice, weight, choice, logits, torch.softmax(logits, 1), num_experts, keep)
+
+
+@pytest.mark.parametrize("loss", [load_balancing_loss, importance_loss, load_loss])
+def test_scale_is_one_when_balanced_and_the_number_of_columns_when_collapsed(loss: object) -> None:
+    balanced = routing_to([[0, 1], [2, 3], [1, 2], [3, 0]], 4)
+    collapsed = routing_to([[2], [2], [2], [2]], 4)
+    assert loss(balanced) == pytest.approx(1.0, abs=1e-5)  # type: ignore[operator]
+    assert loss(collapsed) == pytest.approx(4.0, abs=1e-4)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_padding_does_not_count(name: str) -> None:
+    padded = routing_to([[0], [1], [0], [3], [3]], 4, [True, True, True, False, False])
+    real = routing_to([[0], [1], [0]], 4)
+    assert LOSSES[name](padded) == pytest.approx(LOSSES[name](real).item(), abs=1e-6)
+    nothing = routing_to([[0], [1]], 4, [False, False])
+    assert torch.isfinite(LOSSES[name](nothing))
+
+
+def test_load_balancing_matches_the_definition() -> None:
+    router = TopKRouter(8, 5, 2)
+    routing = router(torch.randn(30, 8))
+    share = [int((routing.expert_index == e).sum()) / 60 for e in range(5)]
+    expected = 5 * sum(f * routing.router_probs[:, e].mean().item() for e, f in enumerate(share))
+    assert load_balancing_loss(routing).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_two_collapsed_complementary_layers_are_not_balanced() -> None:
+    first, second = routing_to([[0, 1]] * 6, 4), routing_to([[2, 3]] * 6, 4)
+    assert (load_balancing_loss(first) + load_balancing_loss(second)) / 2 == pytest.approx(2.0, abs=1e-4)
+
+
+def test_importance_is_one_plus_squared_coefficient_of_variation() -> None:
+    routing = TopKRouter(8, 5, 2)(torch.randn(30, 8))
+    importance = routing.dense_weight().sum(0)
+    expected = 1 + (importance.var(unbiased=False) / importance.mean() ** 2).item()
+    assert importance_loss(routing).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_smooth_load_is_the_probability_of_a_fresh_draw() -> None:
+    torch.manual_seed(0)
+    routing = NoisyTopKRouter(8, 5, 2, init_std=1.0)(torch.randn(6, 8))
+    clean, noisy, std = routing.router_logits, routing.noisy_logits, routing.noise_std
+    assert noisy is not None and std is not None
+    ours = probability_in_top_k(clean, noisy, std, 2)
+    for unit in range(6):
+        for expert in range(5):
+            others = noisy[unit][torch.arange(5) != expert].sort(descending=True).values
+            z = ((clean[unit, expert] - others[1]) / std[unit, expert]).item()
+            assert ours[unit, expert].item() == pytest.approx(stats.norm.cdf(z), abs=1e-6)
+    assert (probability_in_top_k(clean, noisy, std, 5) == 1).all()
+
+
+def test_z_loss() -> None:
+    routing = TopKRouter(8, 5, 2)(torch.randn(30, 8))
+    expected = sum(math.log(sum(math.exp(z) for z in row)) ** 2 for row in routing.router_logits.tolist()) / 30
+    assert z_loss(routing).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_reaches_the_router(name: str) -> None:
+    torch.manual_seed(0)
+    router = NoisyTopKRouter(8, 5, 2, init_std=1.0)
+    LOSSES[name](router(torch.randn(30, 8))).backward()
+    assert router.weight.grad is not None and router.weight.grad.norm() > 0

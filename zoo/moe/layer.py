@@ -1,0 +1,214 @@
+"""The Mixture-of-Experts layer: route, run the experts, combine."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import UnknownNameError
+from zoo.moe.combine import COMBINERS
+from zoo.moe.dispatch import LocalDispatcher, gather_slots
+from zoo.moe.experts import Experts, runs_dense
+from zoo.moe.routed import RoutedModule
+from zoo.moe.routers.base import Router, require
+from zoo.moe.routing import RoutingOutput
+
+
+class MoELayer(RoutedModule):
+    """A router, E experts and a combiner; `layer(x)` is a drop-in for a feed-forward block.
+
+    Three indirections live here and nowhere else: `expert_mask` (experts that cannot be chosen), `expert_map`
+    (router column to stored expert) and forced routing (the argument `routing`).
+
+    Attributes:
+        expert_mask: `(E,)` or `(T, E)` bool; set it to forbid experts, None allows all.
+        expert_map: `(E,)` int64, the stored expert behind each router column, or None.
+    """
+
+    expert_mask: Tensor | None
+    expert_map: Tensor | None
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared_experts: nn.Module | None = None,
+        combine: Literal["sum", "logsumexp", "select", "concat"] = "sum",
+        experts_first: bool = False,
+        mixer: nn.Module | None = None,
+        aux_losses: Mapping[str, float] | None = None,
+        expert_map: Sequence[int] | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            router: Decides for each unit.
+            experts: `GroupedExperts` or `ModuleExperts`.
+            shared_experts: Runs on every unit (the input as it came in); its output is added.
+            combine: How the K slots of a unit become one output.
+            experts_first: Run all experts before the router, which then sees `expert_output` `(T, E, *out)`.
+            mixer: With `experts_first`, maps `(T, E, *out)` to the same shape before router and combiner see it.
+            aux_losses: Coefficients of auxiliary losses, see `RoutedModule`.
+            expert_map: Stored expert behind each router column (merged or moved experts); None is one to one.
+
+        Raises:
+            UnknownNameError: No combiner or loss of that name.
+            ValueError: The parts do not fit together.
+        """
+        super().__init__(aux_losses)
+        if combine not in COMBINERS:
+            raise UnknownNameError("combine", combine, COMBINERS)
+        require(mixer is None or experts_first, "mixer", type(mixer).__name__, "needs experts_first=True")
+        if combine == "select":
+            require(router.top_k == 1, "combine", combine, f"takes one slot per unit, the router has {router.top_k}")
+        if combine == "concat":
+            require(
+                router.top_k == router.num_experts,
+                "combine",
+                combine,
+                f"needs all {router.num_experts} experts, the router chooses {router.top_k}; use DenseRouter",
+            )
+        stored = experts.num_experts
+        if expert_map is None:
+            require(router.num_experts == stored, "router", f"{router.num_experts} experts", f"but {stored} are stored")
+        else:
+            require(len(expert_map) == router.num_experts, "expert_map", expert_map, "needs an entry for each column")
+            require(
+                all(0 <= expert < stored for expert in expert_map),
+                "expert_map",
+                expert_map,
+                f"must be in 0..{stored - 1}",
+            )
+        self.router = router
+        self.experts = experts
+        self.shared_experts = shared_experts
+        self.combine = combine
+        self.experts_first = experts_first
+        self.mixer = mixer
+        self.dispatcher = LocalDispatcher()
+        self.register_buffer("expert_mask", None, persistent=False)
+        mapping = None if expert_map is None else torch.tensor(list(expert_map))
+        self.register_buffer("expert_map", mapping, persistent=False)
+
+    def forward(
+        self,
+        x: Tensor | Sequence[Tensor],
+        *,
+        router_input: Tensor | None = None,
+        mask: Tensor | None = None,
+        sample_index: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        state: Tensor | None = None,
+        routing: RoutingOutput | None = None,
+        return_routing: bool = False,
+    ) -> Any:
+        """Apply the mixture.
+
+        Args:
+            x: `(*lead, *unit)`, or a sequence of streams that share `lead`.
+            router_input: `(*lead, D)`; needed where a unit is not a single vector.
+            mask: `(*lead)` bool, true for real units.
+            sample_index: `(*lead)` int64; by default the index along the first of several leading dimensions, or each
+                unit its own sample.
+            token_ids: `(*lead)` int64, for routers that look them up.
+            state: `(T, ...)` recurrent state from the previous layer's `RoutingOutput.state`.
+            routing: A decision to use instead of the router's.
+            return_routing: Whether to return the `RoutingOutput` too.
+
+        Returns:
+            `(*lead, *out)`, and the `RoutingOutput` if asked for.
+
+        Raises:
+            ValueError: Shapes do not fit; the message names them.
+        """
+        lead, streams = self.flatten(x)
+        all_outputs = None
+        if self.experts_first or runs_dense(self.experts):
+            all_outputs = self.experts.forward_all(streams)
+            if self.expert_map is not None:
+                all_outputs = all_outputs[:, self.expert_map]
+            if self.mixer is not None:
+                all_outputs = self.mixer(all_outputs)
+        if routing is None:
+            routing = self.router(
+                self.router_units(lead, streams, router_input),
+                mask=flat(mask, lead, "mask"),
+                sample_index=sample_of(lead, streams[0])
+                if sample_index is None
+                else flat(sample_index, lead, "sample_index"),
+                token_ids=flat(token_ids, lead, "token_ids"),
+                state=state,
+                expert_output=all_outputs if self.experts_first else None,
+                expert_mask=self.expert_mask,
+            )
+        self.record(routing)
+        out = self.reduce(streams, all_outputs, routing).unflatten(0, lead)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        return (out, routing) if return_routing else out
+
+    def flatten(self, x: Tensor | Sequence[Tensor]) -> tuple[torch.Size, list[Tensor]]:
+        """Split off the leading dimensions: `(*lead, *unit)` to `lead` and `(T, *unit)` for every stream."""
+        streams = [x] if isinstance(x, Tensor) else list(x)
+        ndims = self.experts.unit_ndims
+        if len(streams) != len(ndims):
+            raise ValueError(f"x has {len(streams)} streams, but the experts read {len(ndims)}.")
+        leads = [stream.shape[: stream.ndim - ndim] for stream, ndim in zip(streams, ndims, strict=True)]
+        if not leads[0] or any(lead != leads[0] for lead in leads):
+            shapes = [tuple(stream.shape) for stream in streams]
+            raise ValueError(
+                f"x has shapes {shapes}; they must share at least one leading dimension "
+                f"before their units of {list(ndims)} dimensions."
+            )
+        return leads[0], [stream.flatten(0, len(leads[0]) - 1) for stream in streams]
+
+    def router_units(self, lead: torch.Size, streams: list[Tensor], router_input: Tensor | None) -> Tensor:
+        """What the router reads, `(T, D)`."""
+        if router_input is not None:
+            if router_input.shape[:-1] != lead:
+                raise ValueError(
+                    f"router_input has shape {tuple(router_input.shape)}, expected {tuple(lead)} and one more."
+                )
+            return router_input.flatten(0, -2)
+        if len(streams) > 1 or streams[0].ndim != 2:
+            raise ValueError(
+                f"Units of shape {[tuple(stream.shape[1:]) for stream in streams]} are not single vectors: "
+                "pass router_input, e.g. pooled features."
+            )
+        return streams[0]
+
+    def reduce(self, streams: list[Tensor], all_outputs: Tensor | None, routing: RoutingOutput) -> Tensor:
+        """Run what was chosen, unless it ran already, and combine the slots: `(T, *out)`."""
+        if all_outputs is not None:
+            return COMBINERS[self.combine](gather_slots(all_outputs, routing.expert_index), routing)
+        index = self.stored_index(routing.expert_index)
+        if self.combine == "sum":
+            return self.dispatcher.weighted_sum(self.experts, streams, index, routing.expert_weight)
+        return COMBINERS[self.combine](self.dispatcher.slots(self.experts, streams, index), routing)
+
+    def stored_index(self, index: Tensor) -> Tensor:
+        """Router columns to stored experts; empty slots stay empty."""
+        if self.expert_map is None:
+            return index
+        empty = self.expert_map.new_full((1,), self.experts.num_experts)
+        return torch.cat([self.expert_map, empty])[index]
+
+
+def flat(values: Tensor | None, lead: torch.Size, name: str) -> Tensor | None:
+    """Flatten a per-unit argument of shape `lead` to `(T,)`.
+
+    Raises:
+        ValueError: Its shape is another.
+    """
+    if values is None:
+        return None
+    if values.shape != lead:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, expected {tuple(lead)}.")
+    return values.reshape(-1)
+
+
+def sample_of(lead: torch.Size, like: Tensor) -> Tensor:
+    """The sample of each unit where none is given: the first of several leading dimensions, or each unit its own."""
+    first = torch.arange(lead[0], device=like.device)
+    return first.view(-1, *[1] * (len(lead) - 1)).expand(lead).reshape(-1)
