@@ -1,5 +1,6 @@
 """The core Mixture-of-Experts layer, plain torch."""
 
+from zoo.moe.balancing import update_selection_biases
 from zoo.moe.dispatch import LocalDispatcher
 from zoo.moe.experts import GroupedExperts, ModuleExperts
 from zoo.moe.health import Usage, record_usage
@@ -29,5 +30,6 @@ __all__ = [
     "load_loss",
     "record_usage",
     "routed_modules",
+    "update_selection_biases",
     "z_loss",
 ]

@@ -30,7 +30,12 @@ class RoutedModule(nn.Module):
     A subclass calls `record(routing)` once per forward. In training with gradients enabled that computes the auxiliary
     losses named in `aux_losses`; `collect_aux_losses(model)` hands them out, once per micro-batch. Gradient
     checkpointing must be non-reentrant (`use_reentrant=False`): the reentrant kind runs its forward without gradients.
+
+    Attributes:
+        router: The router; a subclass sets it.
     """
+
+    router: Any
 
     def __init__(self, aux_losses: Mapping[str, float] | None = None) -> None:
         """Set up the auxiliary losses.
@@ -53,6 +58,11 @@ class RoutedModule(nn.Module):
         self._pending_losses: list[dict[str, Tensor]] = []
         self._observers: OrderedDict[int, Observer] = OrderedDict()
 
+    @property
+    def counts_for_bias(self) -> bool:
+        """Whether the router has a selection bias that is moved by what it chooses."""
+        return getattr(self.router, "selection_bias", False) is True
+
     def observe_routing(self, observer: Observer) -> RemovableHandle:
         """Call `observer(routing)` on every forward until the returned handle's `remove()` is called."""
         handle = RemovableHandle(self._observers)
@@ -69,7 +79,11 @@ class RoutedModule(nn.Module):
         if not recomputing:
             for observer in list(self._observers.values()):
                 observer(routing)
-        if not (self.aux_losses and self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        if self.counts_for_bias and not recomputing:
+            self.router.window_counts += routing.column_counts()
+        if not self.aux_losses:
             return
         losses = {name: LOSSES[name](routing) for name in self.aux_losses}
         if recomputing:

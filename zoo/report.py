@@ -1,0 +1,152 @@
+"""What a run leaves behind: one kind of table, `metrics.json`, `predictions.parquet`, figures in one style.
+
+rich, pandas and matplotlib are imported where they are used.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by people with any colour vision.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
+
+
+def run_folder(folder: str | Path) -> Path:
+    """Make a run folder, and find out now rather than after hours whether it can be written.
+
+    Args:
+        folder: The folder of a run.
+
+    Raises:
+        PermissionError: It cannot be made or written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PermissionError(
+            f"Cannot write the run folder {folder} ({error.strerror}): choose another with --out DIR."
+        ) from None
+    return folder
+
+
+def print_table(title: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Print rows as one table; numbers are rounded to four digits and aligned.
+
+    Args:
+        title: The line above the table.
+        rows: One mapping per row; a key that a row lacks is shown as a dash.
+        columns: Keys to show, in order; those of the first row by default.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = list(rows)
+    columns = list(columns or (rows[0] if rows else ()))
+    table = Table()
+    for column in columns:
+        numeric = any(isinstance(row.get(column), int | float) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        # A file or a pipe has no width, and a cut table is of no use there.
+        unlimited = console.options.update(max_width=100_000)
+        console.width = max(console.width, console.measure(table, options=unlimited).maximum)
+    console.print(title, style="bold", soft_wrap=True)
+    console.print(table)
+
+
+def write_metrics(folder: str | Path, metrics: Mapping[str, float]) -> Path:
+    """Write `metrics.json`; a number that is not finite becomes `null`, as JSON knows no other word for it.
+
+    Args:
+        folder: The run folder.
+        metrics: Numbers by name.
+    """
+    plain = {key: float(value) if math.isfinite(value) else None for key, value in metrics.items()}
+    path = Path(folder) / "metrics.json"
+    with _complete(path) as partial:
+        partial.write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
+    return path
+
+
+def write_predictions(folder: str | Path, rows: "pd.DataFrame | Sequence[Mapping[str, Any]]") -> Path:
+    """Write `predictions.parquet`, one row per sample.
+
+    Args:
+        folder: The run folder.
+        rows: A data frame, or one mapping per row.
+    """
+    import pandas as pd
+
+    path = Path(folder) / "predictions.parquet"
+    with _complete(path) as partial:
+        pd.DataFrame(rows).to_parquet(partial, index=False)
+    return path
+
+
+@contextmanager
+def plot_style() -> Iterator[None]:
+    """The style of every figure here; make and fill figures inside this block."""
+    import matplotlib
+    from cycler import cycler
+
+    style: dict[Any, Any] = {
+        "axes.prop_cycle": cycler(color=PALETTE),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": "medium",
+        "figure.constrained_layout.use": True,
+        "font.size": 11,
+        "image.cmap": "viridis",
+        "legend.frameon": False,
+        "lines.linewidth": 2,
+    }
+    with matplotlib.rc_context(style):
+        yield
+
+
+def save_figure(figure: "Figure", path: str | Path) -> Path:
+    """Write a figure, in the format of its suffix.
+
+    Args:
+        figure: A `matplotlib.figure.Figure`; made directly, it needs no display and no pyplot.
+        path: Where to.
+    """
+    path = Path(path)
+    with _complete(path) as partial, plot_style():
+        figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
+    return path
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """A neighbour to write to, renamed to `path` at the end: a reader never sees half a file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"

@@ -1,0 +1,146 @@
+"""`MoETask`, the LightningModule that every application subclasses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from zoo.moe import collect_aux_losses
+from zoo.report import print_table, write_metrics, write_predictions
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one batch gave.
+
+    Attributes:
+        loss: Scalar, auxiliary losses of routed modules not included.
+        predictions: What the metrics take as predictions.
+        targets: What the metrics take as targets.
+    """
+
+    loss: Tensor
+    predictions: Tensor
+    targets: Tensor
+
+
+class MoETask(pl.LightningModule):
+    """Base of all tasks: a subclass fills three hooks and says what one step is.
+
+    - `configure_models` sets `self.model`,
+    - `configure_losses` sets what `step` needs (optional),
+    - `configure_metrics` returns a `MetricCollection`, cloned for training, validation and test (optional),
+    - `step(batch)` returns a `StepOutput`.
+
+    A subclass sets its own attributes before it calls `super().__init__()`, which calls the hooks. Auxiliary losses are
+    collected once per training step and added to its loss.
+
+    Attributes:
+        monitor: Logged name that picks the best checkpoint, or None.
+        monitor_mode: Whether larger (`max`) or smaller (`min`) is better.
+        prediction_rows: One mapping per tested sample, filled by a subclass in `test_step`; `report` writes them.
+    """
+
+    monitor: str | None = None
+    monitor_mode: str = "max"
+
+    def __init__(self, lr: float = 1e-3, weight_decay: float = 0.0, warmup: float = 0.3) -> None:
+        """Save the arguments of the subclass as hyperparameters and call the hooks.
+
+        Args:
+            lr: Peak learning rate of AdamW.
+            weight_decay: Its weight decay.
+            warmup: Share of all steps in which the rate rises before it falls to zero (one cycle).
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.prediction_rows: list[Mapping[str, Any]] = []
+        self.configure_models()
+        self.configure_losses()
+        metrics = self.configure_metrics()
+        self.train_metrics = metrics.clone(prefix="train_")
+        self.val_metrics = metrics.clone(prefix="val_")
+        self.test_metrics = metrics.clone(prefix="test_")
+
+    def configure_models(self) -> None:
+        """Set `self.model`."""
+        raise TypeError(f"{type(self).__name__} must define configure_models().")
+
+    def configure_losses(self) -> None:
+        """Set the loss functions that `step` uses; nothing by default."""
+
+    def configure_metrics(self) -> MetricCollection:
+        """The metrics, without prefix; none by default."""
+        return MetricCollection({})
+
+    def step(self, batch: Any) -> StepOutput:
+        """Run the model on a batch."""
+        raise TypeError(f"{type(self).__name__} must define step(batch).")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        return self.model(*args, **kwargs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step of training: the task's loss and the auxiliary losses of all routed modules."""
+        output = self.step(batch)
+        aux = collect_aux_losses(self)
+        loss = output.loss + aux.total.to(output.loss.device)
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        self.log_dict({f"train_{name}_loss": value for name, value in aux.values.items()})
+        self.update_metrics(self.train_metrics, output)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """One step of validation."""
+        output = self.step(batch)
+        self.log("val_loss", output.loss, prog_bar=True, batch_size=len(output.targets))
+        self.update_metrics(self.val_metrics, output)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """One step of testing."""
+        output = self.step(batch)
+        self.log("test_loss", output.loss, batch_size=len(output.targets))
+        self.update_metrics(self.test_metrics, output)
+
+    def update_metrics(self, metrics: MetricCollection, output: StepOutput) -> None:
+        """Feed the metrics of one split and have Lightning log them per epoch."""
+        if len(metrics):
+            metrics.update(output.predictions.detach(), output.targets)
+            self.log_dict(metrics, on_step=False, on_epoch=True)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW under a one-cycle schedule that moves with every step, so that resuming at an epoch is exact."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=self.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def report(self, folder: Path) -> dict[str, float]:
+        """After testing: print one table and write `metrics.json` and `predictions.parquet`.
+
+        Args:
+            folder: The run folder.
+
+        Returns:
+            The metrics by their names without the `test_` prefix.
+        """
+        metrics = {
+            name.removeprefix("test_"): float(value)
+            for name, value in self.trainer.callback_metrics.items()
+            if name.startswith("test_")
+        }
+        print_table("Test", [{"metric": name, "value": value} for name, value in metrics.items()])
+        write_metrics(folder, metrics)
+        if self.prediction_rows:
+            write_predictions(folder, self.prediction_rows)
+        return metrics
