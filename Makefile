@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CONSTRAINTS := $(if $(filter true,$(CI)),$(wildcard .ci/constraints.txt))
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-# A torch and torchvision that the outer Python already has, and that fit, are seen from inside instead of installed again.
-FITTING_TORCH := from importlib.metadata import version; \
-  at_least = lambda name, *wanted: tuple(int(part) for part in version(name).split(".")[:2]) >= wanted; \
-  print("--system-site-packages" if at_least("torch", 2, 14) and at_least("torchvision", 0, 29) else "")
+IN_CI := $(filter true,$(CI))
+CONSTRAINTS := $(if $(IN_CI),$(wildcard .ci/constraints.txt))
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(IN_CI),-qq) $(addprefix -c ,$(CONSTRAINTS))
+# Prints where the outer Python has a torch and a torchvision that fit: they are seen from .venv, not installed again.
+FITTING_TORCH := from importlib.metadata import distribution; \
+  fits = lambda name, *least: tuple(map(int, distribution(name).version.split(".")[:2])) >= least; \
+  print(distribution("torch").locate_file("") if fits("torch", 2, 14) and fits("torchvision", 0, 29) else "")
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast lint format wheel clean
@@ -25,13 +26,13 @@ test-fast: $(VENV)/.installed-dev ## run the tests that do not train
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(VENV)/.installed-dev ## check style, format and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(VENV)/.installed-dev ## sort imports and format
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 wheel: $(VENV)/.installed-dev ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation
@@ -43,7 +44,9 @@ clean: ## remove caches and builds; the environment and runs/ stay
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  f"MoE Zoo needs Python 3.11 or newer, found {sys.version.split()[0]}: try make PYTHON=python3.12")'
-	$(PYTHON) -m venv $$($(PYTHON) -c '$(FITTING_TORCH)' 2>/dev/null) $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c '$(FITTING_TORCH)' 2>/dev/null > $(VENV)/outer-torch.pth || true
+	@mv $(VENV)/outer-torch.pth "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP_INSTALL) -e .

@@ -41,7 +41,7 @@ MOE_ZOO_DATA names the data folder. MOE_ZOO_DEBUG=1 shows the traceback of an er
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 # Said on every run and of no use to the person who runs it.
-NOISE = ("💡 Tip", "GPU available: ", "TPU available: ", "HPU available: ")
+NOISE = ("💡 Tip", "GPU available: ", "TPU available: ", "Loading `train_dataloader` to estimate")
 NOISY_WARNINGS = (
     "LightningCLI's args parameter is intended to run",  # main(args) is how tests and notebooks call it
     ".*does not have many workers",
@@ -64,6 +64,11 @@ def main(args: Sequence[str] | None = None) -> dict[str, float] | None:
     words = sys.argv[1:] if args is None else args
     try:
         metrics = run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `moe-zoo list | head` has seen enough; Python flushes once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (KeyboardInterrupt, ValueError, OSError) as error:
         if os.environ.get("MOE_ZOO_DEBUG"):
             raise
@@ -159,8 +164,10 @@ def _demo(args: Sequence[str]) -> None:
     spec = importlib.util.find_spec("tasks")
     folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
     names = sorted(path.parent.name for folder in folders for path in Path(folder).glob("*/demo.py"))
-    if not args or args[0] not in names:
-        raise UnknownNameError("demo", args[0] if args else "", names, "Run: moe-zoo demo APP.")
+    if not args:
+        raise ValueError(f"Name the application to demonstrate: moe-zoo demo {'|'.join(names)}.")
+    if args[0] not in names:
+        raise UnknownNameError("demo", args[0], names)
     importlib.import_module(f"tasks.{args[0]}.demo").main(list(args[1:]))
 
 
@@ -258,6 +265,7 @@ def _run_files(command: str, folder: Path, task: Any, configured: Any) -> dict[s
                 filename="best",
                 monitor=task.monitor,
                 mode=task.monitor_mode,
+                save_top_k=1 if task.monitor else 0,
                 save_last=True,
                 save_on_train_epoch_end=True,
                 enable_version_counter=False,
@@ -327,8 +335,10 @@ def _explained(message: str) -> ValueError:
     if unknown:
         return UnknownNameError("option", unknown[1], _options(), "moe-zoo fit --help lists them all.")
     given = re.search(r"Expected a dot import path string: (\S+)", message)
-    missing = re.search(r"(?:has no attribute|No module named) ", message)
-    if where and where[1] in ("model", "data") and (given or (path and missing)):
+    missing = re.search(r"has no attribute|No module named '([\w.]+)'", message)
+    # A module that the class itself imports is no misspelt class: its name is no beginning of the class path.
+    misspelt = path and missing and path[1].startswith(missing[1] or "")
+    if where and where[1] in ("model", "data") and (given or misspelt):
         name = given[1] if given else path[1]  # type: ignore[index]
         known = _classes(where[1], name)
         return UnknownNameError(f"class for {where[1]!r}", name, known, "A dotted class path always works.")

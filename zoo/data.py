@@ -107,6 +107,17 @@ class EpochSampler(Sampler[int]):
         yield from torch.randperm(self.size, generator=generator).tolist()
 
 
+class LateLoader(DataLoader[Any]):
+    """A DataLoader that begins with its first batch rather than with `iter()`.
+
+    Lightning calls `iter()` before it has restored a checkpoint and before the epoch's seeds are set; worker processes
+    would then draw the first batches of the wrong epoch.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
 class ZooDataModule(pl.LightningDataModule):
     """Base of the datamodules: a subclass fills `train_set`, `val_set`, `test_set` or `predict_set` in `setup`."""
 
@@ -152,13 +163,12 @@ class ZooDataModule(pl.LightningDataModule):
             shuffle: Whether to permute it anew in every epoch.
             options: Further arguments of `DataLoader`, e.g. `collate_fn`.
         """
-        epoch = self.trainer.current_epoch if self.trainer else 0
-        return DataLoader(
+        return LateLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=EpochSampler(len(dataset), self.seed) if shuffle else None,  # type: ignore[arg-type]
             num_workers=self.num_workers,
-            generator=torch.Generator().manual_seed(epoch_seed(self.seed, epoch)),
+            generator=torch.Generator().manual_seed(self.seed),
             **options,
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from zoo.moe import collect_aux_losses
@@ -41,11 +41,13 @@ class MoETask(pl.LightningModule):
     collected once per training step and added to its loss.
 
     Attributes:
+        model: The network.
         monitor: Logged name that picks the best checkpoint, or None.
         monitor_mode: Whether larger (`max`) or smaller (`min`) is better.
         prediction_rows: One mapping per tested sample, filled by a subclass in `test_step`; `report` writes them.
     """
 
+    model: nn.Module
     monitor: str | None = None
     monitor_mode: str = "max"
 
@@ -115,7 +117,7 @@ class MoETask(pl.LightningModule):
         """Feed the metrics of one split and have Lightning log them per epoch."""
         if len(metrics):
             metrics.update(output.predictions.detach(), output.targets)
-            self.log_dict(metrics, on_step=False, on_epoch=True)  # type: ignore[arg-type]
+            self.log_dict(metrics, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW under a one-cycle schedule that moves with every step, so that resuming at an epoch is exact."""

@@ -1,5 +1,6 @@
 """Networks of customization, plain torch: the global expert, and the mixture that a user's device completes."""
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -44,9 +45,7 @@ class LeNet(nn.Module):
         self.conv2 = nn.Conv2d(first, second, 5)
         side = 5 if padding else 4
         widths = [second * side * side, *hidden, num_classes]
-        self.linears = nn.ModuleList(
-            nn.Linear(inputs, outputs) for inputs, outputs in zip(widths, widths[1:], strict=False)
-        )
+        self.linears = nn.ModuleList(nn.Linear(inputs, outputs) for inputs, outputs in pairwise(widths))
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images `(N, 1, 28, 28)` in 0..1: logits `(N, num_classes)`."""

@@ -1,5 +1,7 @@
 """The smallest model, task and datamodule that behave like an application's."""
 
+import signal
+
 import torch
 from torch import nn
 
@@ -29,18 +31,18 @@ class ToyTask(MoETask):
     monitor = "val_loss"
     monitor_mode = "min"
 
-    def __init__(self, dim: int = 4, pretrained: str | None = None, interrupt_at: int | None = None) -> None:
+    def __init__(self, dim: int = 4, pretrained: str | None = None, stop_at: int | None = None) -> None:
         self.dim = dim
         self.pretrained = pretrained
-        self.interrupt_at = interrupt_at
+        self.stop_at = stop_at
         super().__init__(lr=0.1)
 
     def configure_models(self):
         self.model = load(self.pretrained) if self.pretrained else Toy(self.dim)
 
     def step(self, batch):
-        if self.training and self.global_step == self.interrupt_at:
-            raise KeyboardInterrupt
+        if self.training and self.global_step == self.stop_at:
+            signal.raise_signal(signal.SIGINT)
         noise = 0.1 * torch.randn_like(batch) if self.training else 0.0
         predictions = self.model(batch + noise)
         return StepOutput((predictions - 1).square().mean(), predictions, torch.ones_like(predictions))

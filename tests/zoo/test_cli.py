@@ -122,32 +122,30 @@ def test_a_checkpoint_is_scored_by_its_name_and_by_its_folder(checkpoint, here):
     assert zoo.evaluate(folder, data_root=here) == by_name
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(here):
+def test_an_interrupted_run_resumes_as_if_nothing_had_happened():
     write("toy.yaml", CONFIG | {"trainer": CONFIG["trainer"] | {"max_epochs": 3}})
     main(["fit", "-c", "toy.yaml", "--out", "whole"])
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", "-c", "toy.yaml", "--out", "parts", "--model.interrupt_at", "10"])
-    assert stop.value.code == 130
-    assert signal.getsignal(signal.SIGINT) == handler
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "toy.yaml", "--out", "parts", "--model.stop_at", "10"])
     assert weights("parts")["epoch"] == 1
-    main(["fit", "-c", "toy.yaml", "--out", "parts", "--ckpt_path", "last", "--model.interrupt_at", "null"])
+    main(["fit", "-c", "toy.yaml", "--out", "parts", "--ckpt_path", "last"])
     whole, parts = weights("whole"), weights("parts")
-    assert whole["epoch"] == parts["epoch"] == 2
-    assert whole["global_step"] == parts["global_step"] == 12
+    assert (whole["epoch"], whole["global_step"]) == (parts["epoch"], parts["global_step"]) == (2, 12)
     for key, tensor in whole["state_dict"].items():
         assert torch.equal(tensor, parts["state_dict"][key])
 
 
 def test_ctrl_c_says_where_the_last_checkpoint_lies(capsys):
+    handler = signal.getsignal(signal.SIGINT)
     for step, told in (
         (1, "before the first epoch ended: there is nothing to resume"),
         (5, "runs/checkpoints/last.ckpt"),
     ):
         with pytest.raises(SystemExit) as stop:
-            main(["fit", "-c", "toy.yaml", f"--model.interrupt_at={step}"])
+            main(["fit", "-c", "toy.yaml", f"--model.stop_at={step}"])
         assert stop.value.code == 130
         assert told in capsys.readouterr().err
+        assert signal.getsignal(signal.SIGINT) == handler
 
 
 def weights(folder):
@@ -171,6 +169,7 @@ def test_unknown_command(capsys):
 
 
 def test_unknown_demo(capsys):
+    assert "Name the application to demonstrate: moe-zoo demo " in sentence(capsys, "demo")
     assert "Unknown demo 'customisation'" in sentence(capsys, "demo", "customisation")
 
 
@@ -193,7 +192,7 @@ def test_checkpoint_without_config(checkpoint, here, capsys):
         ({"data": {"class_path": "toys.ToyDat"}}, "Did you mean 'toys.ToyData'"),
         (
             {"model": {"class_path": "toys.ToyTask", "init_args": {"din": 3}}},
-            "Unknown option of toys.ToyTask 'din'. Did you mean 'dim'? Allowed: dim, interrupt_at, pretrained.",
+            "Unknown option of toys.ToyTask 'din'. Did you mean 'dim'? Allowed: dim, pretrained, stop_at.",
         ),
         ({"modle": {"dim": 3}}, "Unknown option 'modle.dim'. Did you mean 'model'"),
         ({"trainer": {"max_epoch": 3}}, "Unknown option 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'"),
@@ -206,6 +205,19 @@ def test_checkpoint_without_config(checkpoint, here, capsys):
 def test_a_config_with_a_mistake(changes, message, capsys):
     write("bad.yaml", CONFIG | changes)
     assert message in sentence(capsys, "fit", "-c", "bad.yaml")
+
+
+def test_a_class_whose_extra_is_not_installed(here, monkeypatch, capsys):
+    (here / "needy.py").write_text("import not_installed\n")
+    monkeypatch.syspath_prepend(here)
+    write("bad.yaml", CONFIG | {"model": {"class_path": "needy.Task"}})
+    assert "No module named 'not_installed'" in sentence(capsys, "fit", "-c", "bad.yaml")
+
+
+def test_no_best_checkpoint_without_a_number_to_rank_by(here, monkeypatch):
+    monkeypatch.setattr("toys.ToyTask.monitor", None)
+    main(["fit", "-c", "toy.yaml"])
+    assert [path.name for path in (here / "runs/checkpoints").iterdir()] == ["last.ckpt"]
 
 
 def test_unknown_option(capsys):

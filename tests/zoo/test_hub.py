@@ -137,7 +137,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_scraps(model, folder, mo
 
 
 def test_unknown_name(named_zoo):
-    with pytest.raises(UnknownNameError, match="Unknown checkpoint 'toy/ten11'. Did you mean 'toy/ten10'"):
+    with pytest.raises(UnknownNameError, match=r"Unknown checkpoint 'toy/ten11'. Did you mean 'toy/ten10'"):
         zoo.load("toy/ten11")
 
 

@@ -1,0 +1,95 @@
+"""Exact resuming, balancing and health inside a Lightning loop."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from routed_toy import RoutedToy, RoutedToyData
+
+from zoo.callbacks import BiasBalancing, UsageHealth
+from zoo.cli import main
+from zoo.moe import GroupedExperts, MoELayer, TopKRouter
+
+CONFIG = {
+    "model": {"class_path": "routed_toy.RoutedToy"},
+    "data": {"class_path": "routed_toy.RoutedToyData"},
+    "trainer": {
+        "max_epochs": 4,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    },
+}
+
+
+def last(folder: Path) -> dict[str, object]:
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_killed_run_resumes_with_the_result_of_an_uninterrupted_one(tmp_path: Path, num_workers: int) -> None:
+    config = {**CONFIG, "data": {**CONFIG["data"], "init_args": {"num_workers": num_workers}}}
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(config))
+    die = {"class_path": "routed_toy.Die", "init_args": {"step": 13}}
+    config["trainer"] = {**CONFIG["trainer"], "callbacks": [die]}
+    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config))
+
+    root, helpers = Path(__file__).parents[2], Path(__file__).parents[1] / "helpers"
+    killed = subprocess.run(
+        [sys.executable, "-m", "zoo", "fit", "-c", str(tmp_path / "killed.yaml"), "--out", str(tmp_path / "resumed")],
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{helpers}"},
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert last(tmp_path / "resumed")["epoch"] == 1, "two epochs of five steps were finished"
+
+    whole = str(tmp_path / "whole.yaml")
+    main(["fit", "-c", whole, "--out", str(tmp_path / "resumed"), "--ckpt_path", "last"])
+    main(["fit", "-c", whole, "--out", str(tmp_path / "whole")])
+    resumed, uninterrupted = last(tmp_path / "resumed"), last(tmp_path / "whole")
+    assert resumed["global_step"] == uninterrupted["global_step"] == 20
+    for name, weight in uninterrupted["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], weight), name
+
+
+def fit(task: pl.LightningModule, *callbacks: pl.Callback, tmp_path: Path, **options: object) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=list(callbacks),
+        **options,
+    )
+    trainer.fit(task, RoutedToyData())
+    return trainer
+
+
+def test_bias_moves_once_per_optimiser_step(tmp_path: Path) -> None:
+    task = RoutedToy()
+    task.model[2] = MoELayer(TopKRouter(4, 4, 1, score="sigmoid", selection_bias=True), GroupedExperts(4, 4, 8))
+    seen = []
+    update = task.model[2].router.update_bias
+    task.model[2].router.update_bias = lambda counts, rate: (seen.append(int(counts.sum())), update(counts, rate))
+    fit(task, BiasBalancing(0.01), tmp_path=tmp_path, accumulate_grad_batches=2)
+    assert seen == [16, 16, 8]
+    assert task.model[2].router.expert_bias.abs().max() > 0
+
+
+def test_health_is_logged_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = RoutedToy()
+    trainer = fit(task, UsageHealth(), tmp_path=tmp_path)
+    assert {"health/model.2/max_load", "health/model.2/dead_experts"} <= set(trainer.callback_metrics)
+    assert trainer.callback_metrics["health/model.2/slots_per_unit"] == 2
+    assert capsys.readouterr().out.startswith("model.2: ")
+    assert not task.model[2]._observers
