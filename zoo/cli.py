@@ -47,7 +47,7 @@ NOISY_WARNINGS = (
     ".*does not have many workers",
     ".*is smaller than the logging interval",
     "Checkpoint directory .* exists and is not empty",  # resuming is the reason to have it
-    ".*LeafSpec",  # from inside pytorch-lightning 2.6, as is jsonargparse's
+    ".*LeafSpec",  # from inside pytorch-lightning 2.6
 )
 
 

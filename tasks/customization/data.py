@@ -29,7 +29,7 @@ MIN_SAMPLES = 5
 SMALL_CLASS = 5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Samples:
     """Images and their labels.
 
@@ -48,7 +48,7 @@ class Samples:
         return Samples(self.images[index], self.labels[index])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UserSamples:
     """One user's samples, split.
 
