@@ -36,13 +36,14 @@ class Recipe:
         replay_weight: Weight of the distillation of the global expert on the replay buffer.
         max_drop: Drop of generic accuracy, in percentage points, that the threshold may cost as estimated on the
             replay buffer.
+        max_route: Share of the replay buffer that the threshold may let through.
         confidence: The gate opens only if repaired samples outnumber broken ones by this many standard deviations.
     """
 
     folds: int = 4
     copies: int = 4
-    expert_steps: int = 600
-    expert_rate: float = 0.1
+    expert_steps: int = 1000
+    expert_rate: float = 0.2
     gate_steps: int = 400
     gate_rate: float = 0.3
     expert_batch: int = 64
@@ -50,6 +51,7 @@ class Recipe:
     weight_decay: float = 1e-3
     replay_weight: float = 1.0
     max_drop: float = 0.3
+    max_route: float = 0.05
     confidence: float = 0.5
 
 
@@ -238,7 +240,7 @@ def expected_gain(local: Tensor, base: Tensor, labels: Tensor) -> Tensor:
 def choose_threshold(
     user_score: Tensor, user_gain: Tensor, replay_score: Tensor, replay_gain: Tensor, recipe: Recipe
 ) -> float:
-    """The lowest threshold whose estimated generic drop is allowed; 1 (closed) unless it clearly helps the user.
+    """The lowest threshold that costs generic images no more than allowed; 1 (closed) unless it clearly helps the user.
 
     Args:
         user_score: `(N,)` gate logits of the user's samples.
@@ -253,7 +255,8 @@ def choose_threshold(
     score, order = replay_score.sort(descending=True)
     drop = -100 * replay_gain[order].cumsum(0) / len(score)
     too_much = (drop > recipe.max_drop).nonzero()
-    threshold = score[too_much[0, 0]] if len(too_much) else score[-1]
+    cheap = int(too_much[0, 0]) if len(too_much) else len(score) - 1
+    threshold = score[min(cheap, int(recipe.max_route * len(score)))]
     changed = user_gain[user_score > threshold]
     repaired, broken = int((changed > 0).sum()), int((changed < 0).sum())
     if repaired - broken <= recipe.confidence * math.sqrt(repaired + broken):

@@ -13,6 +13,9 @@ from zoo.moe import ModuleExperts, MoELayer, ThresholdRouter
 # Mean and standard deviation of EMNIST ByClass's pixels in 0..1.
 PIXEL_MEAN, PIXEL_STD = 0.1736, 0.3317
 
+# Uneven on purpose: drawn and scanned ink differ near black and near white.
+GREY_LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97, 0.995)
+
 # Channels of the two convolutions, widths of the hidden layers, padding of the first convolution.
 VARIANTS: dict[str, tuple[tuple[int, int], tuple[int, ...], int]] = {
     "lenet5": ((6, 16), (120, 84), 2),
@@ -165,24 +168,41 @@ def confidences(global_logits: Tensor, local_logits: Tensor) -> Tensor:
     return torch.cat(numbers, dim=1).clamp(-5, 5)
 
 
-def early_features(pooled: Tensor) -> Tensor:
-    """Per channel of the first pooled map: mean, root mean square, maximum and a 3 x 3 grid of means.
+def early_features(images: Tensor, pooled1: Tensor, pooled2: Tensor, grey_levels: bool) -> Tensor:
+    """What of the image and of both pooled maps tells whose hand, or whose pen, it is.
+
+    Per channel of the first map its mean, root mean square, maximum and a 3 x 3 grid of means; per channel of the
+    second its mean and root mean square; the image's mean and mean square; with `grey_levels`, the shares of pixels
+    brighter than each of `GREY_LEVELS`.
 
     Args:
-        pooled: `(N, C, h, w)`.
+        images: `(N, 1, 28, 28)`.
+        pooled1: `(N, C1, h, w)`.
+        pooled2: `(N, C2, h, w)`.
+        grey_levels: Whether to add the shares of bright pixels.
 
     Returns:
-        `(N, 12 C)`.
+        `(N, num_early_features)`.
     """
-    return torch.cat(
-        [
-            pooled.mean((2, 3)),
-            pooled.square().mean((2, 3)).sqrt(),
-            pooled.amax((2, 3)),
-            nn.functional.adaptive_avg_pool2d(pooled, 3).flatten(1),
-        ],
-        dim=1,
-    )
+    parts = [
+        pooled1.mean((2, 3)),
+        pooled1.square().mean((2, 3)).sqrt(),
+        pooled1.amax((2, 3)),
+        nn.functional.adaptive_avg_pool2d(pooled1, 3).flatten(1),
+        pooled2.mean((2, 3)),
+        pooled2.square().mean((2, 3)).sqrt(),
+        images.mean((2, 3)),
+        images.square().mean((2, 3)),
+    ]
+    if grey_levels:
+        parts += [(images > level).to(images.dtype).mean((2, 3)) for level in GREY_LEVELS]
+    return torch.cat(parts, dim=1)
+
+
+def num_early_features(variant: str, grey_levels: bool) -> int:
+    """Width of `early_features` for a LeNet."""
+    (first, second), _, _ = VARIANTS[variant]
+    return 12 * first + 2 * second + 2 + (len(GREY_LEVELS) if grey_levels else 0)
 
 
 @dataclass(slots=True)
@@ -190,7 +210,7 @@ class Features:
     """All that local expert and gate read of one pass of the global expert.
 
     Attributes:
-        early: `(N, 12 C1)` pooled early features.
+        early: `(N, num_early_features)`.
         hidden: `(N, width)` the hidden layers before their ReLU, joined.
         logits: `(N, C)`.
     """
@@ -219,6 +239,7 @@ class CustomizedLeNet(nn.Module):
         num_classes: int = 47,
         rank: int = 5,
         replay_size: int = 1000,
+        grey_levels: bool = True,
     ) -> None:
         """Build the model.
 
@@ -227,23 +248,27 @@ class CustomizedLeNet(nn.Module):
             num_classes: Width of the output.
             rank: Rank of the local expert's correction.
             replay_size: Generic training images whose features travel with the model.
+            grey_levels: Whether the gate sees the distribution of grey levels: it then knows the pen or the device
+                at least as well as the hand.
         """
         super().__init__()
         self.variant = variant
         self.num_classes = num_classes
         self.rank = rank
         self.replay_size = replay_size
+        self.grey_levels = grey_levels
         self.global_expert = LeNet(variant, num_classes).requires_grad_(False)
-        (channels, _), hidden, _ = VARIANTS[variant]
+        _, hidden, _ = VARIANTS[variant]
+        num_early = num_early_features(variant, grey_levels)
         self.mixture = MoELayer(
-            ThresholdRouter(threshold=1.0, gate=ConfidenceGate(12 * channels)),
+            ThresholdRouter(threshold=1.0, gate=ConfidenceGate(num_early)),
             ModuleExperts(
                 [nn.Identity(), LocalExpert(sum(hidden), rank, num_classes)], stream=[0, -1], unit_ndims=(1, 1)
             ),
             combine="select",
             experts_first=True,
         )
-        self.register_buffer("replay_early", torch.zeros(replay_size, 12 * channels, dtype=torch.float16))
+        self.register_buffer("replay_early", torch.zeros(replay_size, num_early, dtype=torch.float16))
         self.register_buffer("replay_hidden", torch.zeros(replay_size, sum(hidden), dtype=torch.float16))
         self.register_buffer("replay_labels", torch.zeros(replay_size, dtype=torch.uint8))
 
@@ -283,8 +308,9 @@ class CustomizedLeNet(nn.Module):
 
     def features(self, images: Tensor) -> Features:
         """Run the global expert and keep what the others read."""
-        first, _, *hidden, logits = self.global_expert.stages(images)
-        return Features(early_features(first), torch.cat(hidden, dim=1), logits)
+        first, second, *hidden, logits = self.global_expert.stages(images)
+        early = early_features(images, first, second, self.grey_levels)
+        return Features(early, torch.cat(hidden, dim=1), logits)
 
     def replay(self) -> tuple[Features, Tensor]:
         """The replay buffer: features and labels `(n,)` of generic training images."""

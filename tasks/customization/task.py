@@ -1,12 +1,25 @@
 """Lightning tasks of customization: training a global expert, and customising it for users."""
 
-from typing import Literal
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from tasks.customization.model import LeNet
+from tasks.customization.characters import CHARACTERS, MERGED_CHARACTERS, merge
+from tasks.customization.customizer import Recipe, customize
+from tasks.customization.data import CharacterDataModule, Samples, UserSamples, to_float
+from tasks.customization.evaluate import accuracy, both_experts, plot_repairs, plot_users, score_user, summarize
+from tasks.customization.model import CustomizedLeNet, Features, LeNet
+from zoo import hub
+from zoo.errors import UnknownNameError
+from zoo.report import print_table, write_metrics, write_predictions
 from zoo.task import MoETask, StepOutput
 
 
@@ -53,3 +66,231 @@ class GlobalExpertTask(MoETask):
         images, labels = batch
         logits = self(images)
         return StepOutput(self.criterion(logits, labels), logits, labels)
+
+    def on_fit_end(self) -> None:
+        """Save what a device needs, the expert and a replay buffer, as a checkpoint in the run folder."""
+        folder = Path(self.trainer.default_root_dir) / "checkpoint"
+        data: CharacterDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        model = CustomizedLeNet(self.variant, self.num_classes)
+        model.global_expert.load_state_dict(self.model.state_dict())
+        samples = data.train_set.samples
+        # A device sees classes as often as the world has them: drawn at random, not balanced.
+        chosen = torch.randint(len(samples), (model.replay_size,), generator=torch.Generator().manual_seed(data.seed))
+        model.eval().fill_replay(to_float(samples.images[chosen]), samples.labels[chosen])
+        card = expert_card(self.variant, data.source)
+        config = (hub.assets() / "configs/customization/users.yaml").read_text()
+        hub.save(model, folder, card=card, golden_input=to_float(samples.images[:8]), config=config)
+        print(f"Checkpoint to customise: {folder}")
+
+
+def expert_card(variant: str, source: str) -> hub.Card:
+    """What the checkpoint of a trained global expert says about itself."""
+    data = {
+        "npz": "80 % of EMNIST ByClass's official test set (93,083 images) and 99,845 further EMNIST images",
+        "torchvision": "the official training part of EMNIST",
+        "folder": "class folders of the user's own",
+        "generated": "stroke fonts (synthetic)",
+    }
+    return hub.Card(
+        title=f"{variant} on EMNIST, to be customised",
+        task="handwritten character recognition, 47 merged classes",
+        description=(
+            "A frozen global expert, a closed gate and a replay buffer of 1,000 generic training images' features. "
+            "tasks.customization.customizer.customize learns a local expert and the gate from one user's samples. "
+            "Do not score it on torchvision's ByClass test part: most of that was training data."
+        ),
+        data=f"{data[source]}, 12 epochs.",
+        data_terms="EMNIST (NIST SD19): US government work",
+        weights_licence="Apache-2.0",
+        preprocessing={"size": "1 x 28 x 28", "range": "0..1", "ink": "white on black, upright, centred"},
+        classes=list(MERGED_CHARACTERS),
+    )
+
+
+class CustomizationTask(MoETask):
+    """Customise a zoo checkpoint for one user (`fit`) or for every user in turn to score it (`test`).
+
+    Accuracies are on the 47 merged classes, in percent.
+    """
+
+    model: CustomizedLeNet
+
+    def __init__(
+        self,
+        pretrained: str = "customization/lenet5-emnist",
+        recipe: dict[str, int | float] | None = None,
+        save_to: str | None = None,
+    ) -> None:
+        """Load the checkpoint.
+
+        Args:
+            pretrained: Name of a zoo checkpoint, or a folder written by `zoo.save`.
+            recipe: Fields of `tasks.customization.customizer.Recipe` that differ from its defaults.
+            save_to: Folder that `fit` saves the customised model in; by default `customized` in the run folder.
+
+        Raises:
+            UnknownNameError: The recipe has no such field.
+        """
+        self.pretrained = pretrained
+        self.save_to = save_to
+        known = [field.name for field in fields(Recipe)]
+        for name in recipe or {}:
+            if name not in known:
+                raise UnknownNameError("field of recipe", name, known)
+        self.recipe = Recipe(**(recipe or {}))  # type: ignore[arg-type]
+        super().__init__()
+        self.automatic_optimization = False
+        self.generic: list[tuple[Features, Tensor]] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def configure_models(self) -> None:
+        """Load the checkpoint."""
+        model = hub.load(self.pretrained)
+        if not isinstance(model, CustomizedLeNet):
+            raise ValueError(
+                f"{self.pretrained} holds a {type(model).__name__}; customization needs a CustomizedLeNet, "
+                "e.g. customization/lenet5-emnist."
+            )
+        self.model = model
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """None: `customize` has its own two, so that a device without Lightning learns the same."""
+        return []
+
+    def learn(self, user: UserSamples) -> tuple[CustomizedLeNet, float]:
+        """Customise for a user's training and validation samples; the model and the seconds it took."""
+        images = torch.cat([user.train.images, user.val.images])
+        labels = merge(torch.cat([user.train.labels, user.val.labels]))
+        start = time.perf_counter()
+        model = customize(self.model, to_float(images), labels, seed=user.seed, recipe=self.recipe)
+        return model, time.perf_counter() - start
+
+    def training_step(self, batch: UserSamples, batch_idx: int) -> None:
+        """Customise for the user, score before and after, and save the result."""
+        customised, seconds = self.learn(batch)
+        features, labels = self.own(batch.test)
+        _, mixed, routing = both_experts(customised, features)
+        self.log_dict(
+            {
+                "custom_acc_ge": accuracy(features.logits, labels),
+                "custom_acc_moe": accuracy(mixed, labels),
+                "route": 100 * (routing.expert_index[:, 0] == 1).float().mean().item(),
+                "seconds_per_user": seconds,
+            },
+            batch_size=1,
+        )
+        self.finish(batch, customised, features.logits.argmax(1), mixed.argmax(1), labels)
+
+    def finish(
+        self, user: UserSamples, customised: CustomizedLeNet, before: Tensor, after: Tensor, labels: Tensor
+    ) -> None:
+        """Save the customised model and a figure of what it repaired, and print what was gained."""
+        folder = Path(self.trainer.default_root_dir)
+        target = Path(self.save_to) if self.save_to else folder / "customized"
+        save_customized(customised, target, user, self.pretrained)
+        self.model = customised
+        kind = " (synthetic)" if user.synthetic else ""
+        plot_repairs(
+            user.test.images,
+            labels,
+            before,
+            after,
+            f"{user.user}{kind}: wrong before, right after",
+            folder / "repairs.png",
+        )
+        rows = [{"metric": name, "value": float(value)} for name, value in self.trainer.logged_metrics.items()]
+        closed = " - the local expert did not help, so the gate stays closed" if customised.threshold >= 1 else ""
+        print_table(f"{user.user}{kind}: {len(user.train) + len(user.val)} samples learned{closed}", rows)
+        print(f"Customised model: {target}\nWhat it repaired: {folder / 'repairs.png'}")
+
+    @torch.no_grad()
+    def own(self, samples: Samples) -> tuple[Features, Tensor]:
+        """Features and merged labels of samples."""
+        return self.model.features(to_float(samples.images)), merge(samples.labels)
+
+    def on_test_start(self) -> None:
+        """Begin new results."""
+        self.generic, self.rows, self.prediction_rows = [], [], []
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Keep the features of generic images; customise for a user and score."""
+        if not isinstance(batch, UserSamples):
+            images, labels = batch
+            self.generic.append((self.model.features(images), labels))
+            return
+        customised, seconds = self.learn(batch)
+        own = self.own(batch.test)
+        row = score_user(customised, own, self.all_generic())
+        self.rows.append({"user": batch.user, "seed": batch.seed, **row, "seconds": seconds})
+        self.keep_predictions(batch, customised, own)
+
+    def all_generic(self) -> tuple[Features, Tensor]:
+        """Features and labels of all generic images."""
+        if not self.generic:
+            raise ValueError("There are no generic test images: testing needs --data.generic npz or generated.")
+        if len(self.generic) > 1:
+            parts, labels = zip(*self.generic, strict=True)
+            columns = zip(*((part.early, part.hidden, part.logits) for part in parts), strict=True)
+            self.generic = [(Features(*(torch.cat(column) for column in columns)), torch.cat(labels))]
+        return self.generic[0]
+
+    def keep_predictions(self, user: UserSamples, customised: CustomizedLeNet, own: tuple[Features, Tensor]) -> None:
+        """One row per test sample: what it is, what both said, and who answered."""
+        features, labels = own
+        _, mixed, routing = both_experts(customised, features)
+        answers = zip(
+            user.test.labels.tolist(),
+            labels.tolist(),
+            features.logits.argmax(1).tolist(),
+            mixed.argmax(1).tolist(),
+            routing.expert_index[:, 0].tolist(),
+            strict=True,
+        )
+        for number, (character, label, before, after, expert) in enumerate(answers):
+            row: Mapping[str, Any] = {
+                "id": f"{user.user}/{user.seed}/{number}",
+                "character": CHARACTERS[character],
+                "target": MERGED_CHARACTERS[label],
+                "global_prediction": MERGED_CHARACTERS[before],
+                "prediction": MERGED_CHARACTERS[after],
+                "expert": ("global", "local")[expert],
+            }
+            self.prediction_rows.append(row)
+
+    def report(self, folder: Path) -> dict[str, float]:
+        """Print the table over all users; write `metrics.json`, `predictions.parquet` and `users.png`."""
+        columns = [
+            "user",
+            "seed",
+            "ge",
+            "le",
+            "moe",
+            "oracle",
+            "random",
+            "generic_ge",
+            "generic_moe",
+            "route",
+            "seconds",
+        ]
+        print_table("Accuracy on each user's own test samples and on generic ones (%)", self.rows, columns)
+        metrics = summarize(self.rows, self.model)
+        print_table("All users", [{"metric": name, "value": value} for name, value in metrics.items()])
+        write_metrics(folder, metrics)
+        write_predictions(folder, self.prediction_rows)
+        plot_users(self.rows, folder / "users.png")
+        return metrics
+
+
+def save_customized(model: CustomizedLeNet, folder: Path, user: UserSamples, base: str) -> None:
+    """Save a customised model as a checkpoint of its own, loadable by `zoo.load(folder)`."""
+    card = hub.Card(
+        title=f"{base} customised for {user.user}",
+        task="handwritten character recognition",
+        description="The global expert is unchanged; a local expert and a gate were learned from one user's samples.",
+        data=f"{len(user.train) + len(user.val)} samples of {user.user}" + (" (synthetic)" if user.synthetic else ""),
+        data_terms="the user's own",
+        weights_licence="the user's own",
+        classes=list(MERGED_CHARACTERS),
+        preprocessing={"size": "1 x 28 x 28", "range": "0..1", "ink": "white on black, upright, centred"},
+    )
+    hub.save(model, folder, card=card, golden_input=to_float(user.test.images[:4]))
