@@ -259,18 +259,15 @@ def _run_files(command: str, folder: Path, task: Any, configured: Any) -> dict[s
 
     callbacks = list(configured.callbacks or [])
     if configured.enable_checkpointing is not False:
-        callbacks.append(
-            ModelCheckpoint(
-                dirpath=_checkpoints(folder),
-                filename="best",
-                monitor=task.monitor,
-                mode=task.monitor_mode,
-                save_top_k=1 if task.monitor else 0,
-                save_last=True,
-                save_on_train_epoch_end=True,
-                enable_version_counter=False,
-            )
-        )
+        files: dict[str, Any] = {
+            "dirpath": _checkpoints(folder),
+            "save_on_train_epoch_end": True,
+            "enable_version_counter": False,
+        }
+        # Two callbacks: Lightning's save_last writes only when the best one is written.
+        callbacks.append(ModelCheckpoint(filename="last", **files))
+        if task.monitor:
+            callbacks.append(ModelCheckpoint(filename="best", monitor=task.monitor, mode=task.monitor_mode, **files))
     logger = configured.logger
     if logger is None:
         logger = CSVLogger(folder, name="logs") if command == "fit" else False

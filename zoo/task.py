@@ -1,5 +1,6 @@
 """`MoETask`, the LightningModule that every application subclasses."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,20 @@ class StepOutput:
     loss: Tensor
     predictions: Tensor
     targets: Tensor
+
+
+def warmup_cosine(step: int, steps: int, warmup: float) -> float:
+    """Factor on the learning rate: a linear rise over the first share of the steps, then a cosine to zero.
+
+    Args:
+        step: From 0.
+        steps: All steps.
+        warmup: Share of the rise, 0..1.
+    """
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
 
 
 class MoETask(pl.LightningModule):
@@ -57,7 +72,7 @@ class MoETask(pl.LightningModule):
         Args:
             lr: Peak learning rate of AdamW.
             weight_decay: Its weight decay.
-            warmup: Share of all steps in which the rate rises before it falls to zero (one cycle).
+            warmup: Share of all steps in which the rate rises before it falls to zero.
         """
         super().__init__()
         self.save_hyperparameters()
@@ -120,11 +135,11 @@ class MoETask(pl.LightningModule):
             self.log_dict(metrics, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW under a one-cycle schedule that moves with every step, so that resuming at an epoch is exact."""
+        """AdamW; its rate rises, then falls as a cosine, with every step, so that resuming at an epoch is exact."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=self.warmup)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def report(self, folder: Path) -> dict[str, float]:

@@ -59,6 +59,13 @@ def test_a_killed_run_resumes_with_the_result_of_an_uninterrupted_one(tmp_path: 
         assert torch.equal(resumed["state_dict"][name], weight), name
 
 
+def test_the_last_epoch_is_kept_where_the_best_is_an_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(CONFIG))
+    main(["fit", "-c", str(tmp_path / "toy.yaml"), "--model.lr", "0", "--out", str(tmp_path)])
+    assert last(tmp_path)["epoch"] == 3
+    assert torch.load(tmp_path / "checkpoints/best.ckpt", weights_only=True)["epoch"] == 0
+
+
 def fit(task: pl.LightningModule, *callbacks: pl.Callback, tmp_path: Path, **options: object) -> pl.Trainer:
     trainer = pl.Trainer(
         max_epochs=1,

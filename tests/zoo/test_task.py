@@ -9,7 +9,7 @@ import torch
 from routed_toy import RoutedToy, RoutedToyData
 
 from zoo.moe import collect_aux_losses
-from zoo.task import MoETask
+from zoo.task import MoETask, warmup_cosine
 
 
 def trainer(tmp_path: Path) -> pl.Trainer:
@@ -49,6 +49,14 @@ def test_report_returns_and_writes_the_test_metrics(tmp_path: Path, capsys: pyte
     metrics = task.report(tmp_path)
     assert set(metrics) == {"loss", "mse"} and metrics == json.loads((tmp_path / "metrics.json").read_text())
     assert "mse" in capsys.readouterr().out and (tmp_path / "predictions.parquet").is_file()
+
+
+def test_learning_rate_rises_then_falls_to_zero_for_any_number_of_steps() -> None:
+    factors = [warmup_cosine(step, 100, 0.25) for step in range(101)]
+    assert factors[24] == max(factors) == 1 and factors == sorted(factors[:25]) + sorted(factors[25:], reverse=True)
+    assert factors[100] == pytest.approx(0)
+    for steps in range(1, 6):
+        assert all(0 <= warmup_cosine(step, steps, 0.25) <= 1 for step in range(steps + 1))
 
 
 def test_a_task_without_model_or_step_says_so() -> None:
