@@ -8,7 +8,8 @@ so that every sample serves for training and for validation.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -84,8 +85,19 @@ def customize(
     """
     recipe = recipe or Recipe()
     check_samples(model, images, labels, recipe)
-    with torch.inference_mode(False), torch.enable_grad():
+    with one_thread(), torch.inference_mode(False), torch.enable_grad():
         return _Customization(model, recipe, seed, progress or (lambda phase, step, steps: None)).run(images, labels)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: on matrices this small several threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_samples(model: CustomizedLeNet, images: Tensor, labels: Tensor, recipe: Recipe) -> None:

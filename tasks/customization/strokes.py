@@ -13,7 +13,7 @@ from tasks.customization.characters import CHARACTERS
 SIDE = 28
 # EMNIST draws the character into the inner 24 pixels (Cohen et al. 2017, figure 1).
 INNER = 24
-_OVERSAMPLING = 8
+_OVERSAMPLING = 4
 
 FONTS = ("futural", "rowmans", "scripts", "cursive", "scriptc", "futuram")
 

@@ -151,7 +151,8 @@ class CustomizationTask(MoETask):
                 f"{self.pretrained} holds a {type(model).__name__}; customization needs a CustomizedLeNet, "
                 "e.g. customization/lenet5-emnist."
             )
-        self.model = model
+        # Lightning warns of modules that begin training in eval mode; nothing here depends on the mode.
+        self.model = model.train()
 
     def configure_optimizers(self) -> list[Optimizer]:
         """None: `customize` has its own two, so that a device without Lightning learns the same."""

@@ -1,0 +1,136 @@
+"""The real command line over every shipped config, on data made at run time or, where there is some, on real data."""
+
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import zoo
+from tasks.customization.data import Samples, to_float, write_all_classes, write_class_folders
+from tasks.customization.demo import main as demo
+from zoo import hub
+from zoo.cli import main
+
+CHECKPOINTS = ("customization/lenet5-emnist", "customization/lenet-large-emnist")
+QUICK = "--model.recipe={expert_steps: 60, gate_steps: 60, copies: 1}"
+NO_BAR = "--trainer.enable_progress_bar=false"
+real_data = pytest.mark.skipif(not os.environ.get("MOE_ZOO_DATA"), reason="MOE_ZOO_DATA names no data")
+
+
+def synthetic(user: str) -> list[str]:
+    return ["--data.source=synthetic", f"--data.user={user}", "--data.generic=generated"]
+
+
+def sentence(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line that a failing command prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("variant", ["lenet5", "lenet-large"])
+def test_train_a_global_expert_then_customise_it(variant: str, tmp_path: Path) -> None:
+    small = ["--data.source=generated", "--data.writers=10", "--data.samples_per_class=1", "--trainer.max_epochs=1"]
+    config = f"configs/customization/{variant}-emnist.yaml"
+    main(["fit", "-c", config, *small, NO_BAR, "--out", str(tmp_path / "expert")])
+    metrics = main(["test", "-c", config, *small, NO_BAR, "--out", str(tmp_path / "expert"), "--ckpt_path", "last"])
+    assert set(metrics) == {"loss", "accuracy"}
+    folder = tmp_path / "expert/checkpoint"
+    hub.verify(folder)
+    trained = torch.load(tmp_path / "expert/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    for name, value in zoo.load(folder).global_expert.state_dict().items():
+        assert torch.equal(value, trained[f"model.{name}"])
+    user = ["fit", "-c", "configs/customization/user.yaml", "--model.pretrained", str(folder), QUICK]
+    main([*user, *synthetic("synthetic-5"), "--out", str(tmp_path / "user")])
+    customised = zoo.load(tmp_path / "user/customized")
+    assert torch.equal(customised.global_expert.conv1.weight, trained["model.conv1.weight"])
+
+
+def test_fit_a_user_saves_a_model_and_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["fit", "-c", "configs/customization/user.yaml"]
+    main([*config, *synthetic("synthetic-1"), "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "synthetic-1 (synthetic)" in printed and printed.splitlines()[-1] == str(tmp_path)
+    assert (tmp_path / "repairs.png").is_file()
+    customised, base = zoo.load(tmp_path / "customized"), zoo.load(CHECKPOINTS[0])
+    assert all(map(torch.equal, customised.global_expert.parameters(), base.global_expert.parameters()))
+    own = write_all_classes(10_001, 3)
+    answers = [model(to_float(own.images)).argmax(1) for model in (base, customised)]
+    assert not torch.equal(*answers)
+
+
+def test_a_users_own_folder(tmp_path: Path) -> None:
+    samples = write_all_classes(3, 2)
+    write_class_folders(tmp_path / "data/me", samples)
+    source = ["--data.source=folder", f"--data.folder={tmp_path / 'data'}", "--data.generic=none"]
+    main(["fit", "-c", "configs/customization/user.yaml", QUICK, *source, "--out", str(tmp_path / "run")])
+    assert zoo.info(tmp_path / "run/customized").card.data == "99 samples of me"
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_shipped_checkpoints_verify_and_score(name: str, tmp_path: Path) -> None:
+    hub.verify(name)
+    words = [*synthetic("synthetic-2"), "--data.seeds=[0]", QUICK, NO_BAR]
+    metrics = main(["test", name, *words, "--out", str(tmp_path)])
+    wanted = "custom_acc_ge custom_acc_moe generic_acc_ge generic_acc_moe oracle_share overhead_params overhead_energy"
+    assert set(wanted.split()) | {"replay_bytes", "seconds_per_user"} <= set(metrics)
+    assert metrics["overhead_params"] <= 2.5 and metrics["overhead_energy"] <= 2.5
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    predictions = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert list(predictions) == ["id", "character", "target", "global_prediction", "prediction", "expert"]
+    right = 100 * (predictions.prediction == predictions.target).mean()
+    assert right == pytest.approx(metrics["custom_acc_moe"], abs=1e-3), "anyone can re-score the predictions"
+    assert (tmp_path / "users.png").is_file()
+
+
+def test_every_shipped_config_is_driven_here() -> None:
+    shipped = {path.name for path in (hub.assets() / "configs/customization").glob("*.yaml")}
+    assert shipped == {"lenet5-emnist.yaml", "lenet-large-emnist.yaml", "user.yaml", "users.yaml"}
+
+
+def test_users_config_scores_every_user(tmp_path: Path) -> None:
+    words = ["--data.source=synthetic", "--data.generic=generated", "--data.seeds=[0]", QUICK, NO_BAR]
+    main(["test", "-c", "configs/customization/users.yaml", *words, "--out", str(tmp_path)])
+    users = pd.read_parquet(tmp_path / "predictions.parquet").id.str.split("/").str[0].unique()
+    assert list(users) == ["synthetic-0", "synthetic-1"]
+
+
+@real_data
+def test_a_real_writer_gains_and_others_lose_little(tmp_path: Path) -> None:
+    metrics = main(["test", CHECKPOINTS[0], "--data.user=art-01", "--data.seeds=[0]", NO_BAR, "--out", str(tmp_path)])
+    assert metrics["custom_gain"] > 15 and metrics["generic_drop"] < 1 and metrics["generic_acc_ge"] > 89
+
+
+def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    user = ("fit", "-c", "configs/customization/user.yaml", "--out", str(tmp_path))
+    assert "Did you mean 'synthetic-1'" in sentence(capsys, *user, "--data.source=synthetic", "--data.user=synthetc-1")
+    assert "Did you mean 'max_drop'" in sentence(
+        capsys, *user, *synthetic("synthetic-0"), "--model.recipe={max_drp: 1}"
+    )
+    assert "Did you mean 'customization/lenet5-emnist'" in sentence(
+        capsys, *user, *synthetic("synthetic-0"), "--model.pretrained=customization/lenet5-mnist"
+    )
+    assert "one user at a time, found 2" in sentence(capsys, *user, "--data.source=synthetic", "--data.generic=none")
+    words = ("--data.source=synthetic", "--data.user=synthetic-0", "--data.generic=none", QUICK)
+    assert "no generic test images" in sentence(capsys, "test", CHECKPOINTS[0], *words, NO_BAR, "--out", str(tmp_path))
+
+
+def test_a_user_of_too_few_samples_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = write_all_classes(3, 1)
+    write_class_folders(tmp_path / "data/me", Samples(few.images[:3], few.labels[:3]))
+    words = ["--data.source=folder", f"--data.folder={tmp_path / 'data'}", "--data.generic=none"]
+    line = sentence(capsys, "fit", "-c", "configs/customization/user.yaml", *words, "--out", str(tmp_path / "run"))
+    assert "has 3 samples; at least 5" in line
+
+
+def test_demo_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("MOE_ZOO_DATA", raising=False)
+    demo(["--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "(synthetic)" in printed and "Try next:" in printed and "MOE_ZOO_DATA=DIR" in printed
+    assert (tmp_path / "synthetic-4.png").is_file()
