@@ -1,16 +1,26 @@
 """What the core layer and exact resuming need of a training loop."""
 
 import random
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from zoo.data import epoch_seed
-from zoo.moe import Usage, routed_modules, update_selection_biases
+from zoo.moe import (
+    DenseToSparseRouter,
+    Handles,
+    RoutedModule,
+    StableMoERouter,
+    Usage,
+    observe_model,
+    open_count_windows,
+    update_selection_biases,
+)
+
+_R = TypeVar("_R", DenseToSparseRouter, StableMoERouter)
 
 
 class EpochSeed(pl.Callback):
@@ -50,6 +60,105 @@ class BiasBalancing(pl.Callback):
         update_selection_biases(pl_module, self.rate)
 
 
+class GlobalBatchBalancing(pl.Callback):
+    """Balance over all processes and all micro-batches of an optimiser step, see `zoo.moe.open_count_windows`."""
+
+    def __init__(self) -> None:
+        """Start without windows."""
+        self.modules: list[RoutedModule] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the first windows."""
+        self.modules = open_count_windows(pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Open new windows: the step's counts are complete."""
+        self.modules = open_count_windows(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the windows."""
+        self.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the windows when training is interrupted."""
+        self.close()
+
+    def close(self) -> None:
+        """Let the balance losses count micro-batches again."""
+        for module in self.modules:
+            module.count_window = None
+        self.modules = []
+
+
+class GateTemperature(pl.Callback):
+    """Lower the temperature of dense-to-sparse gates linearly and at last use one expert per unit (EvoMoE)."""
+
+    def __init__(self, start: float = 2.0, end: float = 0.5, steps: int = 5000, sparse_after: int = 6000) -> None:
+        """Store the schedule; the defaults are EvoMoE's.
+
+        Args:
+            start: Temperature at optimiser step 0.
+            end: Temperature from step `steps` on.
+            steps: Length of the ramp.
+            sparse_after: From this step on each unit uses its best expert alone.
+
+        Raises:
+            ValueError: The schedule does not fall, or ends before its ramp.
+        """
+        if not start >= end > 0:
+            raise ValueError(f"start={start}, end={end}: the temperature must fall and stay above 0.")
+        if not 0 < steps <= sparse_after:
+            raise ValueError(f"steps={steps}, sparse_after={sparse_after}: 0 < steps <= sparse_after must hold.")
+        self.start = start
+        self.end = end
+        self.steps = steps
+        self.sparse_after = sparse_after
+
+    def temperature(self, step: int) -> float:
+        """Temperature at an optimiser step; 0 is one expert per unit."""
+        if step >= self.sparse_after:
+            return 0.0
+        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set the temperature of every gate; it follows from the step alone, so that resuming is exact."""
+        for router in _routers_of(pl_module, DenseToSparseRouter):
+            router.set_temperature(self.temperature(trainer.global_step))
+
+
+class FreezeRouting(pl.Callback):
+    """End StableMoE's first stage: from an optimiser step on, the distilled routers decide and no longer learn."""
+
+    def __init__(self, step: int) -> None:
+        """Store the step."""
+        self.step = step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Freeze every distilled router when its time has come."""
+        routers = _routers_of(pl_module, StableMoERouter)
+        if trainer.global_step >= self.step:
+            for router in routers:
+                router.freeze()
+
+
+def _routers_of(model: torch.nn.Module, kind: type[_R]) -> list[_R]:
+    """All routers of a kind in a model.
+
+    Raises:
+        ValueError: There is none, so that a callback would do nothing.
+    """
+    routers = [module for module in model.modules() if isinstance(module, kind)]
+    if not routers:
+        raise ValueError(f"The model has no {kind.__name__}.")
+    return routers
+
+
 class UsageHealth(pl.Callback):
     """Log the health of every routed module once per training epoch and print what a person should know at the end.
 
@@ -59,14 +168,12 @@ class UsageHealth(pl.Callback):
     def __init__(self) -> None:
         """Start without totals."""
         self.usages: dict[str, Usage] = {}
-        self.handles: list[RemovableHandle] = []
+        self.handles = Handles([])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin new totals."""
-        self.usages = {name: Usage.empty() for name in routed_modules(pl_module)}
-        self.handles = [
-            module.observe_routing(self.usages[name].update) for name, module in routed_modules(pl_module).items()
-        ]
+        self.usages = {}
+        self.handles = observe_model(pl_module, lambda name: self.usages.setdefault(name, Usage.empty()).update)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the totals of the epoch."""
@@ -88,9 +195,7 @@ class UsageHealth(pl.Callback):
 
     def detach(self) -> None:
         """Stop observing."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        self.handles.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing outlives an epoch."""

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from zoo.moe import Usage
 
 # Okabe and Ito's palette: told apart by people with any colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
@@ -129,6 +132,63 @@ def save_figure(figure: "Figure", path: str | Path) -> Path:
     with _complete(path) as partial, plot_style():
         figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
     return path
+
+
+def draw_usage(usages: "Mapping[str, Usage]") -> "Figure":
+    """Who works: the load of every expert in every layer, the layer's numbers, and a verdict in words.
+
+    Args:
+        usages: Totals by layer name, of `zoo.moe.record_usage`.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    rows = [(name or "layer", usage) for name, usage in usages.items() if usage.units]
+    loads = [(usage.load * usage.counts.numel()).tolist() for _, usage in rows]
+    table = np.full((len(rows), max(map(len, loads), default=1)), np.nan)
+    for row, load in zip(table, loads, strict=True):
+        row[: len(load)] = load
+    with plot_style():
+        figure = Figure(figsize=(5 + 0.32 * table.shape[1] + 4, 1.8 + 0.42 * len(rows)))
+        axes = figure.subplots()
+        image = axes.imshow(table, vmin=0, vmax=2, aspect="auto")
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.set_xlabel("router column (cross: dead)")
+        axes.set_title("Load of each expert over its fair share", loc="left")
+        for position, (_, usage) in enumerate(rows):
+            axes.plot(usage.dead, [position] * len(usage.dead), "x", color="white", markersize=7)
+            axes.text(table.shape[1] - 0.3, position, _usage_words(usage), va="center", fontsize=9)
+        figure.colorbar(image, ax=axes, location="left", shrink=0.8, pad=0.02, extend="max")
+    return figure
+
+
+def draw_shares(tables: "Mapping[str, Tensor]", labels: Sequence[str]) -> "Figure":
+    """Where each domain or class goes, one heat map per layer.
+
+    Args:
+        tables: `(labels, E)` by layer name, of `zoo.moe.LayerTrace.load_by_label`.
+        labels: Names of the rows.
+    """
+    from matplotlib.figure import Figure
+
+    with plot_style():
+        figure = Figure(figsize=(1.5 + 3 * len(tables), 1.5 + 0.35 * len(labels)))
+        panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+        highest = max(float(table.max()) for table in tables.values())
+        for axes, (name, table) in zip(panels, tables.items(), strict=True):
+            image = axes.imshow(table.numpy(), vmin=0, vmax=highest, aspect="auto")
+            axes.set_title(name or "layer")
+            axes.set_xlabel("expert")
+        panels[0].set_yticks(range(len(labels)), labels)
+        figure.colorbar(image, ax=list(panels), label="share of the label's slots")
+    return figure
+
+
+def _usage_words(usage: "Usage") -> str:
+    """A layer's numbers and verdict in two lines."""
+    numbers = usage.summary()
+    shown = "entropy {entropy:.2f}, margin {margin:.2f}, slots {slots_per_unit:.2f}, dropped {dropped:.0%}"
+    return f"{usage.verdict('').removeprefix(': ')}\n{shown.format(**numbers)}"
 
 
 @contextmanager

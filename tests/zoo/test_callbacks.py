@@ -12,9 +12,9 @@ import torch
 import yaml
 from routed_toy import RoutedToy, RoutedToyData
 
-from zoo.callbacks import BiasBalancing, UsageHealth
+from zoo.callbacks import BiasBalancing, FreezeRouting, GateTemperature, GlobalBatchBalancing, UsageHealth
 from zoo.cli import main
-from zoo.moe import GroupedExperts, MoELayer, TopKRouter
+from zoo.moe import DenseToSparseRouter, GroupedExperts, MoELayer, StableMoERouter, TopKRouter
 
 CONFIG = {
     "model": {"class_path": "routed_toy.RoutedToy"},
@@ -100,3 +100,45 @@ def test_health_is_logged_and_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert trainer.callback_metrics["health/model.2/slots_per_unit"] == 2
     assert capsys.readouterr().out.startswith("model.2: ")
     assert not task.model[2]._observers
+
+
+def test_windows_cover_an_optimiser_step(tmp_path: Path) -> None:
+    task, seen = RoutedToy(), []
+    layer = MoELayer(TopKRouter(4, 4, 1), GroupedExperts(4, 4, 8), aux_losses={"load_balancing": 0.1})
+    task.model[2] = layer
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *args: object) -> None:
+            total = layer.count_window.total
+            seen.append(0 if total is None else int(total.sum()))
+
+    fit(task, GlobalBatchBalancing(), Watch(), tmp_path=tmp_path, accumulate_grad_batches=2)
+    assert seen == [8, 0, 8, 0, 0], "steps end at batches 2, 4 and 5"
+    assert layer.count_window is None
+    with pytest.raises(ValueError, match="load_balancing"):
+        fit(RoutedToy(), GlobalBatchBalancing(), tmp_path=tmp_path)
+
+
+def test_gate_temperature_falls_with_the_step(tmp_path: Path) -> None:
+    task, seen = RoutedToy(), []
+    router = DenseToSparseRouter(4, 4)
+    task.model[2] = MoELayer(router, GroupedExperts(4, 4, 8))
+    task.model[2].observe_routing(lambda routing: seen.append(float(router.temperature)))
+    fit(task, GateTemperature(2.0, 1.0, steps=2, sparse_after=4), tmp_path=tmp_path, num_sanity_val_steps=0)
+    assert seen[:5] == [2.0, 1.5, 1.0, 1.0, 0.0]
+    for options in ({"end": 3.0}, {"end": 0.0}, {"steps": 7000}):
+        with pytest.raises(ValueError, match="must"):
+            GateTemperature(**options)
+    with pytest.raises(ValueError, match="no DenseToSparseRouter"):
+        fit(RoutedToy(), GateTemperature(), tmp_path=tmp_path)
+
+
+def test_routing_is_frozen_at_its_step(tmp_path: Path) -> None:
+    task, seen = RoutedToy(), []
+    router = StableMoERouter(4, 4, vocab_size=2)
+    layer = MoELayer(router, GroupedExperts(4, 4, 8))
+    layer.forward = lambda x, forward=layer.forward: forward(x, token_ids=(x[:, 0] > 0).long())
+    task.model[2] = layer
+    layer.observe_routing(lambda routing: seen.append(bool(router.frozen)))
+    fit(task, FreezeRouting(3), tmp_path=tmp_path, num_sanity_val_steps=0)
+    assert seen[:5] == [False, False, False, True, True]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.moe.experts import Experts
+from zoo.moe.sorted_mm import Plan
 
 
 class LocalDispatcher:
@@ -42,8 +43,12 @@ class LocalDispatcher:
         """
         slot, sizes = sort_slots(index, experts.num_experts)
         unit = slot // index.shape[1]
+        weight = weight.reshape(-1)[slot]
+        fused = experts.fused_sum(streams, weight, Plan(unit, slot, sizes, (index.shape[0], index.shape[1])))
+        if fused is not None:
+            return fused
         rows = experts([stream[unit] for stream in streams], sizes)
-        scale = weight.reshape(-1)[slot].to(rows.dtype).view(-1, *[1] * (rows.ndim - 1))
+        scale = weight.to(rows.dtype).view(-1, *[1] * (rows.ndim - 1))
         out: Tensor = rows.new_zeros(index.shape[0], *rows.shape[1:]).index_add(0, unit, rows * scale)
         return out
 

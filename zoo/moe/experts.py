@@ -15,17 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import UnknownNameError
+from zoo.moe.activations import ACTIVATIONS, activate
 from zoo.moe.routers.base import require
+from zoo.moe.sorted_mm import Plan, SortedFeedForward
 
 logger = logging.getLogger(__name__)
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "relu": nn.functional.relu,
-    "tanh": torch.tanh,
-    "identity": lambda x: x,
-}
 
 
 class GroupedExperts(nn.Module):
@@ -99,10 +93,7 @@ class GroupedExperts(nn.Module):
 
     def activate(self, hidden: Tensor) -> Tensor:
         """Apply the nonlinearity, and the gate where there is one, to `(..., 2H)` or `(..., H)`."""
-        if not self.gated:
-            return ACTIVATIONS[self.activation](hidden)
-        gate, up = hidden.chunk(2, dim=-1)
-        return ACTIVATIONS[self.activation](gate) * up
+        return activate(hidden, self.activation, self.gated)
 
     def forward(self, streams: Sequence[Tensor], sizes: list[int]) -> Tensor:
         """Run each expert on its own rows.
@@ -116,6 +107,19 @@ class GroupedExperts(nn.Module):
         """
         (x,) = streams
         return BACKENDS[choose_backend(self, x)].run(self, x, sizes)
+
+    def fused_sum(self, streams: Sequence[Tensor], weight: Tensor, plan: Plan) -> Tensor | None:
+        """Run, weigh and add up in one go where the backend can: `(T, out)`, else None.
+
+        Args:
+            streams: One tensor `(T, D)`, not sorted.
+            weight: `(N,)` of the sorted slots.
+            plan: Of the slots.
+        """
+        (x,) = streams
+        if choose_backend(self, x) != "sorted_mm":
+            return None
+        return sorted_sum(self, x, weight, plan)
 
     def forward_all(self, streams: Sequence[Tensor]) -> Tensor:
         """Run every expert on every unit: one `(T, D)` to `(T, E, out)`."""
@@ -187,6 +191,10 @@ class ModuleExperts(nn.Module):
         busy = [expert for expert, size in enumerate(sizes) if size] or [0]
         return torch.cat([self.run(expert, chunks[expert]) for expert in busy])
 
+    def fused_sum(self, streams: Sequence[Tensor], weight: Tensor, plan: Plan) -> Tensor | None:
+        """Never: modules have no backend that fuses."""
+        return None
+
     def forward_all(self, streams: Sequence[Tensor]) -> Tensor:
         """Run every expert on every unit: `(T, *unit)` per stream to `(T, E, *out)`."""
         return torch.stack([self.run(expert, streams) for expert in range(self.num_experts)], dim=1)
@@ -252,8 +260,31 @@ def grouped_mm_obstacle(experts: GroupedExperts, x: Tensor) -> str | None:
     return None
 
 
+def sorted_sum(experts: GroupedExperts, x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+    """The autograd function of `sorted_mm` on a unit's slots: `(T, D)` to `(T, out)`."""
+    device = x.device.type
+    # Under autocast the function sees the low dtype at once: its in-place products do not cast.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    parameters = [
+        None if parameter is None else parameter.to(dtype)
+        for parameter in (experts.up_proj, experts.down_proj, experts.up_bias, experts.down_bias)
+    ]
+    operands = [x.to(dtype), weight.to(dtype), *parameters]
+    keep = torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
+    with torch.autocast(device, enabled=False):
+        out: Tensor = SortedFeedForward.apply(*operands, plan, experts.activation, experts.gated, keep)
+    return out
+
+
+def run_sorted_mm(experts: GroupedExperts, x: Tensor, sizes: list[int]) -> Tensor:
+    """`sorted_mm` without anything to add up: every row is its own unit, with weight 1."""
+    row = torch.arange(len(x), device=x.device)
+    return sorted_sum(experts, x, x.new_ones(len(x)), Plan(row, row, sizes, (len(x), 1)))
+
+
 BACKENDS: dict[str, Backend] = {
     "loop": Backend(run_loop, lambda experts, x: None),
+    "sorted_mm": Backend(run_sorted_mm, lambda experts, x: None),
     "grouped_mm": Backend(run_grouped_mm, grouped_mm_obstacle),
 }
 

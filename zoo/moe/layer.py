@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import UnknownNameError
-from zoo.moe.combine import COMBINERS
+from zoo.moe.combine import COMBINERS, align
 from zoo.moe.dispatch import LocalDispatcher, gather_slots
-from zoo.moe.experts import Experts, runs_dense
+from zoo.moe.experts import Experts, GroupedExperts, runs_dense
 from zoo.moe.routed import RoutedModule
 from zoo.moe.routers.base import Router, require
 from zoo.moe.routing import RoutingOutput
@@ -39,6 +39,8 @@ class MoELayer(RoutedModule):
         mixer: nn.Module | None = None,
         aux_losses: Mapping[str, float] | None = None,
         expert_map: Sequence[int] | None = None,
+        residual: bool = False,
+        causal: bool = False,
     ) -> None:
         """Put the parts together.
 
@@ -51,6 +53,9 @@ class MoELayer(RoutedModule):
             mixer: With `experts_first`, maps `(T, E, *out)` to the same shape before router and combiner see it.
             aux_losses: Coefficients of auxiliary losses, see `RoutedModule`.
             expert_map: Stored expert behind each router column (merged or moved experts); None is one to one.
+            residual: Mix shared and routed output by a learned softmax of the unit instead of adding them
+                (DeepSpeed-MoE's residual MoE, Rajbhandari et al. 2022, arXiv 2201.05596); for `GroupedExperts`.
+            causal: Whether the model is causal; routers by which a unit sees later ones are then refused.
 
         Raises:
             UnknownNameError: No combiner or loss of that name.
@@ -80,9 +85,16 @@ class MoELayer(RoutedModule):
                 expert_map,
                 f"must be in 0..{stored - 1}",
             )
+        require(
+            not (causal and router.noncausal),
+            "router",
+            type(router).__name__,
+            "lets a unit see later ones, which a causal model must not",
+        )
         self.router = router
         self.experts = experts
         self.shared_experts = shared_experts
+        self.coefficient = residual_coefficient(experts, shared_experts) if residual else None
         self.combine = combine
         self.experts_first = experts_first
         self.mixer = mixer
@@ -134,9 +146,7 @@ class MoELayer(RoutedModule):
             routing = self.router(
                 self.router_units(lead, streams, router_input),
                 mask=flat(mask, lead, "mask"),
-                sample_index=sample_of(lead, streams[0])
-                if sample_index is None
-                else flat(sample_index, lead, "sample_index"),
+                sample_index=self.samples(lead, streams[0], sample_index),
                 token_ids=flat(token_ids, lead, "token_ids"),
                 state=state,
                 expert_output=all_outputs if self.experts_first else None,
@@ -145,8 +155,28 @@ class MoELayer(RoutedModule):
         self.record(routing)
         out = self.reduce(streams, all_outputs, routing).unflatten(0, lead)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
+            out = self.add_shared(out, x)
         return (out, routing) if return_routing else out
+
+    def add_shared(self, out: Tensor, x: Any) -> Tensor:
+        """Add the shared experts' output to the routed one `(*lead, *out)`, or mix the two."""
+        shared: Tensor = self.shared_experts(x)  # type: ignore[misc]
+        if self.coefficient is None:
+            return out + shared
+        routed_share, shared_share = torch.softmax(self.coefficient(x), dim=-1).unbind(-1)
+        return routed_share[..., None] * out + shared_share[..., None] * shared
+
+    def samples(self, lead: torch.Size, like: Tensor, sample_index: Tensor | None) -> Tensor | None:
+        """The sample of each unit: as given, else the first of several leading dimensions, else each unit its own."""
+        if sample_index is not None:
+            return flat(sample_index, lead, "sample_index")
+        if len(lead) == 1 and self.router.compares_units:
+            raise ValueError(
+                f"{type(self.router).__name__} compares the units of a sample, but x has only one leading dimension: "
+                "pass sample_index, the sample of each unit."
+            )
+        first = torch.arange(lead[0], device=like.device)
+        return first.view(-1, *[1] * (len(lead) - 1)).expand(lead).reshape(-1)
 
     def flatten(self, x: Tensor | Sequence[Tensor]) -> tuple[torch.Size, list[Tensor]]:
         """Split off the leading dimensions: `(*lead, *unit)` to `lead` and `(T, *unit)` for every stream."""
@@ -180,6 +210,15 @@ class MoELayer(RoutedModule):
 
     def reduce(self, streams: list[Tensor], all_outputs: Tensor | None, routing: RoutingOutput) -> Tensor:
         """Run what was chosen, unless it ran already, and combine the slots: `(T, *out)`."""
+        routed = self.reduce_experts(streams, all_outputs, routing)
+        if routing.identity_weight is None:
+            return routed
+        if self.combine != "sum" or len(streams) > 1 or routed.shape != streams[0].shape:
+            raise ValueError("Identity null experts need combine='sum' and outputs of the shape of the units.")
+        return routed + align(routing.identity_weight, routed).to(routed.dtype) * streams[0]
+
+    def reduce_experts(self, streams: list[Tensor], all_outputs: Tensor | None, routing: RoutingOutput) -> Tensor:
+        """As `reduce`, without what identity null experts give."""
         if all_outputs is not None:
             return COMBINERS[self.combine](gather_slots(all_outputs, routing.expert_index), routing)
         index = self.stored_index(routing.expert_index)
@@ -208,7 +247,12 @@ def flat(values: Tensor | None, lead: torch.Size, name: str) -> Tensor | None:
     return values.reshape(-1)
 
 
-def sample_of(lead: torch.Size, like: Tensor) -> Tensor:
-    """The sample of each unit where none is given: the first of several leading dimensions, or each unit its own."""
-    first = torch.arange(lead[0], device=like.device)
-    return first.view(-1, *[1] * (len(lead) - 1)).expand(lead).reshape(-1)
+def residual_coefficient(experts: Experts, shared_experts: nn.Module | None) -> nn.Linear:
+    """The map from a unit to the two logits of routed and shared output.
+
+    Raises:
+        ValueError: There is no shared expert to mix, or units are not vectors of a known width.
+    """
+    if shared_experts is None or not isinstance(experts, GroupedExperts):
+        raise ValueError("residual=True: needs GroupedExperts and shared_experts.")
+    return nn.Linear(experts.dim, 2)

@@ -8,7 +8,7 @@ each other are not balanced. Counts carry no gradient; padding is left out.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.moe.routing import RoutingOutput
 
@@ -38,10 +38,58 @@ def load_balancing_loss(routing: RoutingOutput) -> Tensor:
 
     `f_i` is the share of selected slots that went to column i, counted before dropping and without gradient; `P_i` is
     the mean probability of column i. The value is 1 at perfect balance whatever K is (transformers' form sums f to K).
+
+    Where a window is open (`zoo.moe.open_count_windows`), `f` is that of the global batch: over all processes and all
+    micro-batches since the last optimiser step (Qiu et al. 2025, arXiv 2501.11873). Null experts share their mean `f`,
+    so that only their total is balanced (AdaMoE, Zeng et al. 2024, arXiv 2406.13233).
     """
-    counts = routing.column_counts()
-    share = counts / counts.sum().clamp(min=1.0)
+    share = column_share(routing)
     return routing.num_columns * (share * masked_mean(routing.router_probs, routing.mask)).sum()
+
+
+def column_share(routing: RoutingOutput) -> Tensor:
+    """Share of the selected slots per column, `(E',)`, the null experts' averaged; without gradient."""
+    counts = routing.column_counts() if routing.window_counts is None else routing.window_counts
+    experts, null = counts.split([routing.num_experts, routing.num_columns - routing.num_experts])
+    if null.numel():
+        counts = torch.cat([experts, null.mean().expand_as(null)])
+    return counts / counts.sum().clamp(min=1.0)
+
+
+def group_balancing_loss(routing: RoutingOutput) -> Tensor:
+    """DeepSeekMoE's device-level balance loss (Dai et al. 2024, arXiv 2401.06066): balance between groups of experts.
+
+    As `load_balancing_loss` over the router's groups: 1 if the groups are balanced, whatever happens inside them.
+
+    Raises:
+        ValueError: The router has no groups, so the loss would be constant.
+    """
+    if routing.num_groups < 2:
+        raise ValueError("The group_balancing loss needs a router with num_groups > 1.")
+    share = column_share(routing).unflatten(0, (routing.num_groups, -1)).sum(1)
+    probs = masked_mean(routing.router_probs, routing.mask).unflatten(0, (routing.num_groups, -1)).sum(1)
+    balance: Tensor = routing.num_groups * (share * probs).sum()
+    return balance
+
+
+def sequence_balancing_loss(routing: RoutingOutput) -> Tensor:
+    """The balance loss of each sample by itself, averaged over samples (DeepSeek-V3, equations 17 to 20, scaled to 1).
+
+    Null experts, if any, are columns like the others here.
+    """
+    if routing.sample_index is None:
+        return load_balancing_loss(routing)
+    ids, sample = routing.sample_index.unique(return_inverse=True)
+    samples, columns = ids.shape[0], routing.num_columns
+    chosen = sample[:, None] * (columns + 1) + routing.selected_index
+    counts = torch.bincount(chosen.flatten(), minlength=samples * (columns + 1)).float()
+    counts = counts.view(samples, columns + 1)[:, :columns]
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1.0)
+    real = torch.ones_like(sample, dtype=torch.bool) if routing.mask is None else routing.mask
+    sizes = torch.zeros(samples, device=sample.device).index_add_(0, sample, real.float())
+    probs = routing.router_probs.masked_fill(~real[:, None], 0.0)
+    mean_probs = torch.zeros_like(share).index_add(0, sample, probs) / sizes.clamp(min=1.0)[:, None]
+    return masked_mean(columns * (share * mean_probs).sum(1), sizes > 0)
 
 
 def importance_loss(routing: RoutingOutput) -> Tensor:
@@ -88,9 +136,73 @@ def z_loss(routing: RoutingOutput) -> Tensor:
     return masked_mean(torch.logsumexp(routing.router_logits, dim=1).square(), routing.mask)
 
 
+def entropy_loss(routing: RoutingOutput) -> Tensor:
+    """Mean entropy of the router in nats (Huang et al. 2024, arXiv 2403.07652): makes top-p need fewer experts."""
+    return masked_mean(torch.special.entr(routing.router_probs).sum(1), routing.mask)
+
+
+def distillation_loss(routing: RoutingOutput) -> Tensor:
+    """Cross-entropy of a student router with the choice it should learn (StableMoE, Dai et al. 2022, arXiv 2204.08396).
+
+    Raises:
+        ValueError: The router has no student.
+    """
+    if routing.distilled_logits is None:
+        raise ValueError("The distillation loss needs a router with a student, such as StableMoERouter.")
+    choice = routing.selected_index[:, 0]
+    loss = nn.functional.cross_entropy(
+        routing.distilled_logits, choice, ignore_index=routing.num_columns, reduction="none"
+    )
+    return masked_mean(loss, routing.mask)
+
+
+def consistency_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
+    """THOR's regulariser (Zuo et al. 2021, arXiv 2110.04260): half the symmetric Kullback-Leibler divergence, in nats.
+
+    Args:
+        first: `(..., C)` logits of one forward.
+        second: `(..., C)` logits of another.
+        mask: `(...)` bool, true where it counts; the loss is the mean over these.
+    """
+    log_p, log_q = first.float().log_softmax(-1), second.float().log_softmax(-1)
+    divergence = 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
+    return masked_mean(divergence.flatten(), None if mask is None else mask.flatten())
+
+
+def consistency_step(
+    run: Callable[[], Tensor],
+    task_loss: Callable[[Tensor], Tensor],
+    coefficient: float = 5.0,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One training step of THOR: two forwards that draw different experts, and a pull between them.
+
+    Args:
+        run: Runs the model on the batch; called twice.
+        task_loss: Maps logits `(..., C)` to a loss that is a mean, as the consistency is.
+        coefficient: Of the consistency.
+        mask: `(...)` bool, true for real units.
+
+    Returns:
+        `task_loss(first) + task_loss(second) + coefficient * consistency`, and the mean of both logits.
+
+    Raises:
+        ValueError: The coefficient is negative.
+    """
+    if coefficient < 0:
+        raise ValueError(f"coefficient={coefficient}: must be 0 or larger.")
+    first, second = run(), run()
+    loss = task_loss(first) + task_loss(second) + coefficient * consistency_loss(first, second, mask)
+    return loss, (first + second) / 2
+
+
 LOSSES: dict[str, Callable[[RoutingOutput], Tensor]] = {
     "load_balancing": load_balancing_loss,
     "importance": importance_loss,
     "load": load_loss,
     "z": z_loss,
+    "sequence_balancing": sequence_balancing_loss,
+    "group_balancing": group_balancing_loss,
+    "entropy": entropy_loss,
+    "distillation": distillation_loss,
 }

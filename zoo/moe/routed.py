@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,32 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+class CountWindow:
+    """Column counts of one layer over all processes and all forwards since the last optimiser step.
+
+    Attributes:
+        total: `(E',)`, or None in a new window.
+    """
+
+    def __init__(self) -> None:
+        """Start a new window."""
+        self.total: Tensor | None = None
+
+    def counts(self, routing: RoutingOutput, add: bool) -> Tensor:
+        """The counts so far, `(E',)`; with `add` those of this forward are added first, over all processes."""
+        if add or self.total is None:
+            counts = sum_over_processes(routing.column_counts())
+            self.total = counts if self.total is None else self.total + counts
+        return self.total
+
+
+def sum_over_processes(counts: Tensor) -> Tensor:
+    """Add a tensor up over the processes of `torch.distributed`, in place; as it is where there is one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    return counts
+
+
 class RoutedModule(nn.Module):
     """Base of everything that owns a router: `MoELayer`, the LoRA layers, and modules of a user's own.
 
@@ -32,10 +58,12 @@ class RoutedModule(nn.Module):
     checkpointing must be non-reentrant (`use_reentrant=False`): the reentrant kind runs its forward without gradients.
 
     Attributes:
-        router: The router; a subclass sets it.
+        router: The router; a subclass sets it, to None if it routes by itself.
+        count_window: Counts of the global batch, or None; see `open_count_windows`.
     """
 
     router: Any
+    count_window: CountWindow | None
 
     def __init__(self, aux_losses: Mapping[str, float] | None = None) -> None:
         """Set up the auxiliary losses.
@@ -55,13 +83,15 @@ class RoutedModule(nn.Module):
             if coefficient < 0:
                 raise ValueError(f"aux_losses[{name!r}] is {coefficient}; a coefficient must be 0 or larger.")
         self.aux_losses = dict(aux_losses or {})
+        self.count_window = None
         self._pending_losses: list[dict[str, Tensor]] = []
         self._observers: OrderedDict[int, Observer] = OrderedDict()
 
     @property
-    def counts_for_bias(self) -> bool:
-        """Whether the router has a selection bias that is moved by what it chooses."""
-        return getattr(self.router, "selection_bias", False) is True
+    def biased_router(self) -> Any:
+        """The router whose selection bias is moved by what is chosen here, be it an inner one, or None."""
+        candidates = [] if self.router is None else self.router.modules()
+        return next((router for router in candidates if getattr(router, "selection_bias", False) is True), None)
 
     def observe_routing(self, observer: Observer) -> RemovableHandle:
         """Call `observer(routing)` on every forward until the returned handle's `remove()` is called."""
@@ -81,10 +111,13 @@ class RoutedModule(nn.Module):
                 observer(routing)
         if not (self.training and torch.is_grad_enabled()):
             return
-        if self.counts_for_bias and not recomputing:
-            self.router.window_counts += routing.column_counts()
+        if not recomputing and (biased := self.biased_router) is not None:
+            counts = routing.column_counts()
+            biased.window_counts = biased.window_counts.to(counts.device) + counts
         if not self.aux_losses:
             return
+        if self.count_window is not None:
+            routing = replace(routing, window_counts=self.count_window.counts(routing, add=not recomputing))
         losses = {name: LOSSES[name](routing) for name in self.aux_losses}
         if recomputing:
             return
@@ -97,8 +130,8 @@ class RoutedModule(nn.Module):
         self._pending_losses.append(losses)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave pending losses out of copies and pickles: they belong to a graph that a copy does not have."""
-        return {**self.__dict__, "_pending_losses": [], "_observers": OrderedDict()}
+        """Copies and pickles start clean: they have neither the graph of pending losses nor observers and windows."""
+        return {**self.__dict__, "_pending_losses": [], "_observers": OrderedDict(), "count_window": None}
 
 
 @dataclass(slots=True)

@@ -100,8 +100,6 @@ def test_exports_with_a_dynamic_batch(model: CustomizedLeNet) -> None:
     model.threshold.fill_(0.5)
     torch.nn.init.normal_(model.gate.linear.weight)
     images = torch.rand(4, 1, 28, 28)
-    program = torch.export.export(
-        model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},)
-    )
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
     more = torch.rand(9, 1, 28, 28)
     torch.testing.assert_close(program.module()(more), model(more), atol=1e-5, rtol=0)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zoo.moe import GroupedExperts, RoutingOutput
-from zoo.moe.experts import ACTIVATIONS
+from zoo.moe.activations import ACTIVATIONS
 
 
 def expert_output(experts: GroupedExperts, expert: int, unit: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One layer for all: the routed skeleton of every application and of the odd routers, from the public API alone.
+"""One layer for all: the routed skeleton of every application, from the public API alone.
 
 Each skeleton is compared with a plain computation of what its paper describes.
 """
@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.moe.reference import double_loop
 from zoo.moe import (
     DenseRouter,
     GroupedExperts,
@@ -18,11 +17,11 @@ from zoo.moe import (
     NoisyTopKRouter,
     RoutedModule,
     Router,
+    RouterInput,
     RoutingOutput,
     ThresholdRouter,
     TopKRouter,
     collect_aux_losses,
-    load_balancing_loss,
     record_usage,
 )
 
@@ -150,9 +149,10 @@ def test_dmoerm_concatenates_all_experts_for_an_mlp() -> None:
     assert not list(inner.router.parameters())
 
     class Category(Router):
-        def forward(self, x: Tensor, *, token_ids: Tensor | None = None, **context: object) -> RoutingOutput:
-            logits = nn.functional.one_hot(token_ids, self.num_experts).float()
-            return self.output(token_ids[:, None], torch.ones(len(x), 1), logits=logits, probs=logits)
+        def route(self, units: RouterInput) -> RoutingOutput:
+            category = units.token_ids
+            logits = nn.functional.one_hot(category, self.num_experts).float()
+            return self.output(units, category[:, None], torch.ones(len(units.x), 1), logits=logits, probs=logits)
 
     heads = [nn.Sequential(inner, nn.Linear(15, 1)) for _ in range(2)]
     outer = MoELayer(Category(2, 1), ModuleExperts(heads), combine="select")
@@ -203,136 +203,3 @@ def test_qa_is_a_drop_in_for_a_feed_forward_block() -> None:
     torch.testing.assert_close(out[1, :2], layer(x[1:, :2])[0])
     assert routing.column_counts().sum() == 8
     assert routing.sample_index.tolist() == [0] * 6 + [1] * 6
-
-
-# --- the odd ones -----------------------------------------------------------------------------------------------------
-
-
-def slotted(router: Router, logits: Tensor, keep: Tensor, probs: Tensor, **extra: object) -> RoutingOutput:
-    """All columns as slots, the ones not kept empty."""
-    index = torch.arange(router.num_experts).expand_as(probs[:, : router.num_experts])
-    index = index.masked_fill(~keep, router.num_experts)
-    return router.output(index, probs[:, : router.num_experts], logits=logits, probs=probs, **extra)
-
-
-class TopP(Router):
-    """Dynamic top-p: as many experts as it takes to reach probability p, the crossing one included."""
-
-    def __init__(self, dim: int, num_experts: int, p: float) -> None:
-        super().__init__(num_experts, num_experts)
-        self.linear, self.p = nn.Linear(dim, num_experts, bias=False), p
-
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, **context: object) -> RoutingOutput:
-        logits = self.linear(x)
-        probs = torch.softmax(logits, 1)
-        ordered, order = probs.sort(dim=1, descending=True)
-        keep = torch.zeros_like(probs, dtype=torch.bool).scatter(1, order, ordered.cumsum(1) - ordered <= self.p)
-        return slotted(self, logits, keep, probs, mask=mask)
-
-
-def test_top_p_fills_a_different_number_of_slots_per_unit() -> None:
-    layer = MoELayer(TopP(8, 6, 0.5), GroupedExperts(6, 8, 16))
-    x = 2 * torch.randn(30, 8)
-    out, routing = layer(x, return_routing=True)
-    torch.testing.assert_close(out, double_loop(layer.experts, x, routing), atol=2e-6, rtol=0)
-    filled = (routing.expert_index < 6).sum(1)
-    assert filled.min() == 1 and filled.max() > 2 and filled.unique().numel() > 2
-    assert torch.isfinite(load_balancing_loss(routing))
-
-
-class NullExperts(Router):
-    """AdaMoE: more columns than experts; a slot on a null column computes nothing."""
-
-    def __init__(self, dim: int, num_experts: int, num_null: int, top_k: int) -> None:
-        super().__init__(num_experts, top_k)
-        self.linear = nn.Linear(dim, num_experts + num_null, bias=False)
-
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, **context: object) -> RoutingOutput:
-        logits = self.linear(x)
-        probs = torch.softmax(logits, 1)
-        weight, column = probs.topk(self.top_k, dim=1)
-        index = column.clamp(max=self.num_experts)
-        weight = weight.masked_fill(index == self.num_experts, 0.0)
-        weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-20)
-        return self.output(index, weight, logits=logits, probs=probs, selected=column, mask=mask)
-
-
-def test_null_experts_have_columns_but_no_parameters() -> None:
-    layer = MoELayer(NullExperts(8, 4, 4, 3), GroupedExperts(4, 8, 16))
-    x = torch.randn(40, 8)
-    out, routing = layer(x, return_routing=True)
-    torch.testing.assert_close(out, double_loop(layer.experts, x, routing), atol=2e-6, rtol=0)
-    assert routing.num_columns == 8 and routing.column_counts().sum() == 120
-    assert routing.expert_counts().sum() < 120
-    real = routing.expert_weight.sum(1)
-    assert ((real - 1).abs() < 1e-5).logical_or(real == 0).all()
-    with record_usage(layer) as usages:
-        layer(x)
-    assert 0 < usages[""].summary()["dropped"] < 1
-
-
-class Recurrent(Router):
-    """RMoE: a GRU cell shared by all layers carries routing information from layer to layer."""
-
-    def __init__(self, dim: int, num_experts: int, top_k: int, cell: nn.GRUCell) -> None:
-        super().__init__(num_experts, top_k)
-        self.project = nn.Linear(dim, cell.input_size)
-        self.cell = cell
-        self.inner = TopKRouter(cell.hidden_size, num_experts, top_k)
-
-    def forward(
-        self, x: Tensor, *, mask: Tensor | None = None, state: Tensor | None = None, **context: object
-    ) -> RoutingOutput:
-        hidden = self.cell(self.project(x), state)
-        routing = self.inner(hidden, mask=mask)
-        routing.state = hidden
-        return routing
-
-
-def test_recurrent_state_passes_through_three_layers_by_argument() -> None:
-    cell = nn.GRUCell(5, 6)
-    layers = nn.ModuleList(MoELayer(Recurrent(8, 4, 2, cell), GroupedExperts(4, 8, 16)) for _ in range(3))
-    x = torch.randn(2, 3, 8)
-    hidden, state = x, None
-    for layer in layers:
-        update, routing = layer(hidden, state=state, return_routing=True)
-        hidden, state = hidden + update, routing.state
-    by_hand = torch.zeros(6, 6)
-    hidden = x
-    for layer in layers:
-        by_hand = cell(layer.router.project(hidden.flatten(0, 1)), by_hand)
-        hidden = hidden + layer(hidden, routing=layer.router.inner(by_hand))
-    torch.testing.assert_close(state, by_hand)
-    assert torch.autograd.grad(state.sum(), layers[0].router.project.weight)[0].norm() > 0
-
-
-class ExpertChoice(Router):
-    """Each expert takes its best units, within one sample, so that no output depends on batch mates."""
-
-    def __init__(self, dim: int, num_experts: int, capacity: int) -> None:
-        super().__init__(num_experts, num_experts)
-        self.linear, self.capacity = nn.Linear(dim, num_experts, bias=False), capacity
-
-    def forward(
-        self, x: Tensor, *, mask: Tensor | None = None, sample_index: Tensor | None = None, **context: object
-    ) -> RoutingOutput:
-        logits = self.linear(x)
-        probs = torch.softmax(logits, 1)
-        keep = torch.zeros_like(probs, dtype=torch.bool)
-        for sample in sample_index.unique():
-            units = ((sample_index == sample) & (True if mask is None else mask)).nonzero().flatten()
-            best = probs[units].topk(min(self.capacity, len(units)), dim=0).indices
-            keep[units[best], torch.arange(self.num_experts)] = True
-        return slotted(self, logits, keep, probs, mask=mask, sample_index=sample_index)
-
-
-def test_expert_choice_competes_within_a_sample_only() -> None:
-    layer = MoELayer(ExpertChoice(8, 4, 2), GroupedExperts(4, 8, 16))
-    x = torch.randn(3, 6, 8)
-    out, routing = layer(x, return_routing=True)
-    torch.testing.assert_close(out, double_loop(layer.experts, x.flatten(0, 1), routing).view_as(x), atol=2e-6, rtol=0)
-    assert routing.expert_counts().tolist() == [6, 6, 6, 6]
-    torch.testing.assert_close(out, torch.cat([layer(x[i : i + 1]) for i in range(3)]), atol=1e-6, rtol=0)
-    with record_usage(layer) as usages:
-        layer(x)
-    assert usages[""].summary()["max_load"] == pytest.approx(1.0)

@@ -6,7 +6,23 @@ import pytest
 import torch
 from scipy import stats
 
-from zoo.moe import NoisyTopKRouter, RoutingOutput, TopKRouter, importance_loss, load_balancing_loss, load_loss, z_loss
+from zoo.moe import (
+    GroupedExperts,
+    MoELayer,
+    NoisyTopKRouter,
+    RoutingOutput,
+    StochasticRouter,
+    TopKRouter,
+    consistency_loss,
+    consistency_step,
+    entropy_loss,
+    group_balancing_loss,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    sequence_balancing_loss,
+    z_loss,
+)
 from zoo.moe.losses import LOSSES, probability_in_top_k
 
 
@@ -19,10 +35,13 @@ def routing_to(index: list[list[int]], num_experts: int, mask: list[bool] | None
     if keep is not None:
         choice = choice.masked_fill(~keep[:, None], num_experts)
         weight = weight.masked_fill(~keep[:, None], 0.0)
-    return RoutingOutput(choice, weight, choice, logits, torch.softmax(logits, 1), num_experts, keep)
+    probs = torch.softmax(logits, 1)
+    return RoutingOutput(
+        choice, weight, choice, logits, probs, num_experts, keep, distilled_logits=logits, num_groups=2
+    )
 
 
-@pytest.mark.parametrize("loss", [load_balancing_loss, importance_loss, load_loss])
+@pytest.mark.parametrize("loss", [load_balancing_loss, sequence_balancing_loss, importance_loss, load_loss])
 def test_scale_is_one_when_balanced_and_the_number_of_columns_when_collapsed(loss: object) -> None:
     balanced = routing_to([[0, 1], [2, 3], [1, 2], [3, 0]], 4)
     collapsed = routing_to([[2], [2], [2], [2]], 4)
@@ -82,6 +101,70 @@ def test_z_loss() -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradient_reaches_the_router(name: str) -> None:
     torch.manual_seed(0)
-    router = NoisyTopKRouter(8, 5, 2, init_std=1.0)
-    LOSSES[name](router(torch.randn(30, 8))).backward()
+    router = NoisyTopKRouter(8, 6, 2, num_groups=2, init_std=1.0)
+    routing = router(torch.randn(30, 8))
+    routing.distilled_logits = routing.router_logits
+    LOSSES[name](routing).backward()
     assert router.weight.grad is not None and router.weight.grad.norm() > 0
+
+
+def test_sequence_loss_is_the_mean_of_the_samples_own_losses() -> None:
+    router, x = TopKRouter(8, 4, 2), torch.randn(20, 8)
+    sample = torch.arange(20) % 3 * 7
+    mask = torch.arange(20) % 5 > 0
+    mask[sample == 14] = False  # a sample of padding does not count
+    ours = sequence_balancing_loss(router(x, mask=mask, sample_index=sample))
+    own = [load_balancing_loss(router(x[(sample == s) & mask])) for s in (0, 7)]
+    torch.testing.assert_close(ours, torch.stack(own).mean())
+    specialised = routing_to([[0], [0], [1], [1]], 2)
+    specialised.sample_index = torch.tensor([0, 0, 1, 1])
+    assert load_balancing_loss(specialised).item() == pytest.approx(1.0, abs=1e-4)
+    assert sequence_balancing_loss(specialised).item() == pytest.approx(2.0, abs=1e-4)
+
+
+def test_group_loss_sees_groups_only() -> None:
+    assert group_balancing_loss(routing_to([[0], [0], [2], [2]], 4)).item() == pytest.approx(1.0, abs=1e-4)
+    assert group_balancing_loss(routing_to([[0], [1], [0], [1]], 4)).item() == pytest.approx(2.0, abs=1e-4)
+    routing = TopKRouter(8, 6, 2, num_groups=3)(torch.randn(30, 8))
+    share = torch.stack([(routing.expert_index // 2 == group).float().mean() for group in range(3)])
+    probs = routing.router_probs.view(30, 3, 2).sum(2).mean(0)
+    torch.testing.assert_close(group_balancing_loss(routing), 3 * (share * probs).sum())
+    with pytest.raises(ValueError, match="num_groups > 1"):
+        group_balancing_loss(TopKRouter(8, 6, 2)(torch.randn(30, 8)))
+
+
+def test_entropy_matches_scipy() -> None:
+    routing = TopKRouter(8, 5, 2)(torch.randn(30, 8))
+    expected = stats.entropy(routing.router_probs.detach().numpy(), axis=1).mean()
+    assert entropy_loss(routing).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_consistency_is_half_the_symmetric_divergence() -> None:
+    first, second = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)
+    p, q = torch.softmax(first[mask], 1).numpy(), torch.softmax(second[mask], 1).numpy()
+    expected = (stats.entropy(p, q, axis=1) + stats.entropy(q, p, axis=1)).mean() / 2
+    assert consistency_loss(first, second, mask).item() == pytest.approx(expected, abs=1e-5)
+    assert consistency_loss(first, first) == 0
+
+
+def test_consistency_step_runs_twice_with_other_experts() -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(StochasticRouter(4), GroupedExperts(4, 8, 16, out_dim=3))
+    x, target, outputs = torch.randn(32, 8), torch.randint(3, (32,)), []
+
+    def run() -> torch.Tensor:
+        outputs.append(layer(x))
+        return outputs[-1]
+
+    def task_loss(logits: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits, target)
+
+    loss, logits = consistency_step(run, task_loss, coefficient=5.0)
+    first, second = outputs
+    assert not torch.allclose(first, second), "another draw"
+    expected = task_loss(first) + task_loss(second) + 5 * consistency_loss(first, second)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits, (first + second) / 2)
+    with pytest.raises(ValueError, match="coefficient=-1"):
+        consistency_step(run, task_loss, -1)

@@ -1,13 +1,11 @@
 """Every unit visits every expert."""
 
-import math
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
 
-from zoo.moe.routers.base import Router, forbid, linear_fp32, require
-from zoo.moe.routing import RoutingOutput
+from zoo.moe.routers.base import Router, forbid, linear_fp32, linear_weight, require
+from zoo.moe.routing import RouterInput, RoutingOutput
 
 SCORES = ("softmax", "sigmoid", "none")
 
@@ -35,29 +33,15 @@ class DenseRouter(Router):
         require(score in SCORES, "score", score, f"must be one of {', '.join(SCORES)}")
         require(score == "none" or input_dim is not None, "input_dim", input_dim, f"is needed for score={score!r}")
         self.score = score
-        self.weight = nn.Parameter(torch.empty(num_experts, input_dim)) if input_dim and score != "none" else None
-        if self.weight is not None:
-            nn.init.normal_(self.weight, std=1 / math.sqrt(self.weight.shape[1]))
+        self.weight = None if input_dim is None or score == "none" else linear_weight(num_experts, input_dim)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: Tensor | None = None,
-        sample_index: Tensor | None = None,
-        token_ids: Tensor | None = None,
-        state: Tensor | None = None,
-        expert_output: Tensor | None = None,
-        expert_mask: Tensor | None = None,
-    ) -> RoutingOutput:
-        """Send T units to all experts; see `Router.forward`. Without scores only the length of `x` is read."""
+    def route(self, units: RouterInput) -> RoutingOutput:
+        """Send T units to all experts. Without scores only the length of `x` is read."""
         if self.weight is None:
-            logits = torch.zeros(x.shape[0], self.num_experts, device=x.device)
+            logits = torch.zeros(units.x.shape[0], self.num_experts, device=units.x.device)
         else:
-            logits = linear_fp32(x, self.weight)
-        logits = forbid(logits, expert_mask)
+            logits = linear_fp32(units.x, self.weight)
+        logits = forbid(logits, units.expert_mask)
         probs = torch.softmax(logits, dim=1)
         weight = {"softmax": probs, "sigmoid": torch.sigmoid(logits), "none": torch.ones_like(probs)}[self.score]
-        index = torch.arange(self.num_experts, device=x.device).expand_as(logits)
-        index = index.masked_fill(logits == float("-inf"), self.num_experts)
-        return self.output(index, weight, logits=logits, probs=probs, mask=mask, sample_index=sample_index)
+        return self.output_all(units, logits > float("-inf"), weight, logits=logits, probs=probs)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from zoo.moe.routers.base import Router, forbid, require
-from zoo.moe.routing import RoutingOutput
+from zoo.moe.routers.base import Router, forbid, linear_fp32, require
+from zoo.moe.routing import RouterInput, RoutingOutput
 
 
 class ThresholdRouter(Router):
@@ -32,27 +32,15 @@ class ThresholdRouter(Router):
         self.gate = gate if gate is not None else LinearGate(input_dim)
         self.register_buffer("threshold", torch.tensor(float(threshold)))
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: Tensor | None = None,
-        sample_index: Tensor | None = None,
-        token_ids: Tensor | None = None,
-        state: Tensor | None = None,
-        expert_output: Tensor | None = None,
-        expert_mask: Tensor | None = None,
-    ) -> RoutingOutput:
-        """Route T units by `x` `(T, D)` and, where the gate reads it, by `expert_output`; see `Router.forward`."""
-        gate = self.gate(x, expert_output).float()
-        logits = forbid(torch.cat([torch.zeros_like(gate), gate], dim=1), expert_mask)
+    def route(self, units: RouterInput) -> RoutingOutput:
+        """Route T units by `x` `(T, D)` and, where the gate reads it, by `expert_output`."""
+        gate = self.gate(units.x, units.expert_output).float()
+        logits = forbid(torch.cat([torch.zeros_like(gate), gate], dim=1), units.expert_mask)
         probs = torch.softmax(logits, dim=1)
         index = (probs[:, 1:] > self.threshold).long()
-        if expert_mask is not None:
+        if units.expert_mask is not None:
             index = torch.where(logits.gather(1, index) == float("-inf"), 1 - index, index)
-        return self.output(
-            index, probs.gather(1, index), logits=logits, probs=probs, mask=mask, sample_index=sample_index
-        )
+        return self.output(units, index, probs.gather(1, index), logits=logits, probs=probs)
 
 
 class LinearGate(nn.Module):
@@ -65,5 +53,4 @@ class LinearGate(nn.Module):
 
     def forward(self, x: Tensor, expert_output: Tensor | None) -> Tensor:
         """Map `x` `(T, D)` to `(T, 1)`."""
-        logit: Tensor = self.linear(x)
-        return logit
+        return linear_fp32(x, self.linear.weight, self.linear.bias)

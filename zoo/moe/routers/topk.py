@@ -2,27 +2,30 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from zoo.moe.routers.base import Router, forbid, linear_fp32, require
-from zoo.moe.routing import RoutingOutput
+from zoo.moe.routers.base import LinearRouter, forbid, linear_fp32, linear_weight, require
+from zoo.moe.routers.competition import limit_capacity
+from zoo.moe.routing import RouterInput, RoutingOutput
 
 ORDERS = ("softmax_then_topk", "topk_then_softmax")
 SCORES = ("softmax", "sigmoid")
+DROP_POLICIES = ("probs", "position")
 
 
-class TopKRouter(Router):
+class TopKRouter(LinearRouter):
     """Linear scores, the K best experts per unit.
 
-    Covers Switch (`top_k=1, normalize=False`), Mixtral and Qwen (softmax, normalised), gpt-oss (`topk_then_softmax`),
-    DeepSeek-V3 (sigmoid, selection bias, group-limited) and modality-tied mixtures (`min_per_group`).
+    Covers Switch (`top_k=1, normalize=False`), GShard (`random_second`, capacity), Mixtral and Qwen (softmax,
+    normalised), gpt-oss (`topk_then_softmax`), DeepSeek-V3 (sigmoid, selection bias, group-limited) and modality-tied
+    mixtures (`min_per_group`).
     """
 
     expert_bias: Tensor
-    window_counts: Tensor
 
     def __init__(
         self,
@@ -40,6 +43,10 @@ class TopKRouter(Router):
         group_score_k: int = 2,
         min_per_group: int = 0,
         selection_bias: bool = False,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        drop_policy: Literal["probs", "position"] | None = None,
+        random_second: bool = False,
     ) -> None:
         """Build the router.
 
@@ -60,13 +67,18 @@ class TopKRouter(Router):
             min_per_group: Every group is given at least this many of the K slots.
             selection_bias: Keep a float32 buffer that is added for the choice but not to the weights and is moved by
                 `update_bias` (auxiliary-loss-free balancing, DeepSeek-V3).
+            capacity_factor: In training an expert takes at most `ceil(units * K / E * capacity_factor)` slots of one
+                sample; the others are dropped. None drops nothing.
+            eval_capacity_factor: The same in eval mode.
+            drop_policy: Who stays when an expert is full. First choices go before second ones; among equals the more
+                probable (`probs`) or the earlier (`position`) unit stays. Needed for a capacity.
+            random_second: In training the second expert is kept with probability `min(1, 2 w)`, w being its weight
+                (GShard, algorithm 1). Needs `top_k=2`.
 
         Raises:
             ValueError: An argument is outside its range or does not fit another; the message names both.
         """
-        super().__init__(num_experts, top_k)
-        require(input_dim >= 1, "input_dim", input_dim, "must be at least 1")
-        require(top_k <= num_experts, "top_k", top_k, f"must not exceed num_experts={num_experts}")
+        super().__init__(input_dim, num_experts, top_k)
         require(score in SCORES, "score", score, f"must be one of {', '.join(SCORES)}")
         require(order in ORDERS, "order", order, f"must be one of {', '.join(ORDERS)}")
         require(
@@ -96,6 +108,16 @@ class TopKRouter(Router):
             f"times num_groups={num_groups} must not exceed top_k={top_k} nor the group size {group_size}",
         )
         require(group_score_k >= 1, "group_score_k", group_score_k, "must be at least 1")
+        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            require(factor is None or factor > 0, name, factor, "must be positive")
+            require(factor is None or drop_policy is not None, name, factor, "needs a drop_policy")
+        require(
+            drop_policy is None or drop_policy in DROP_POLICIES,
+            "drop_policy",
+            drop_policy,
+            f"must be one of {', '.join(DROP_POLICIES)}",
+        )
+        require(not random_second or top_k == 2, "random_second", random_second, f"needs top_k=2, not {top_k}")
         self.score = score
         self.order = order
         self.normalize = normalize
@@ -106,36 +128,33 @@ class TopKRouter(Router):
         self.group_score_k = min(group_score_k, group_size)
         self.min_per_group = min_per_group
         self.selection_bias = selection_bias
-        self.weight = nn.Parameter(torch.empty(num_experts, input_dim))
-        nn.init.normal_(self.weight, std=1 / math.sqrt(input_dim))
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.drop_policy = drop_policy
+        self.random_second = random_second
         self.register_buffer("expert_bias", torch.zeros(num_experts) if selection_bias else None)
-        self.register_buffer("window_counts", torch.zeros(num_experts) if selection_bias else None, persistent=False)
+        # Not a buffer: DistributedDataParallel overwrites buffers with those of rank 0 in every forward.
+        self.window_counts = torch.zeros(num_experts)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: Tensor | None = None,
-        sample_index: Tensor | None = None,
-        token_ids: Tensor | None = None,
-        state: Tensor | None = None,
-        expert_output: Tensor | None = None,
-        expert_mask: Tensor | None = None,
-    ) -> RoutingOutput:
-        """Route T units by `x` `(T, D)`; see `Router.forward`."""
+    @property
+    def compares_units(self) -> bool:
+        """Whether there is a capacity in this mode."""
+        return self.active_capacity is not None
+
+    @property
+    def active_capacity(self) -> float | None:
+        """The capacity factor of this mode."""
+        return self.capacity_factor if self.training else self.eval_capacity_factor
+
+    def route(self, units: RouterInput) -> RoutingOutput:
+        """Route T units by `x` `(T, D)`."""
         if self.training and self.jitter:
-            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = forbid(linear_fp32(x, self.weight), expert_mask)
-        return self.choose(logits, mask=mask, sample_index=sample_index)
+            noise = torch.empty_like(units.x).uniform_(1 - self.jitter, 1 + self.jitter)
+            units = replace(units, x=units.x * noise)
+        return self.choose(units, self.logits(units))
 
     def choose(
-        self,
-        logits: Tensor,
-        *,
-        mask: Tensor | None,
-        sample_index: Tensor | None,
-        noisy_logits: Tensor | None = None,
-        noise_std: Tensor | None = None,
+        self, units: RouterInput, logits: Tensor, noisy_logits: Tensor | None = None, noise_std: Tensor | None = None
     ) -> RoutingOutput:
         """Select and weight experts from logits `(T, E)`; the choice is made on `noisy_logits` where given."""
         deciding = logits if noisy_logits is None else noisy_logits
@@ -154,17 +173,37 @@ class TopKRouter(Router):
         if self.normalize:
             weight = weight / (weight.sum(1, keepdim=True) + 1e-20)
         probs = scores if self.score == "softmax" else scores / scores.sum(1, keepdim=True).clamp(min=1e-20)
-        routing = self.output(
-            index.masked_fill(empty, self.num_experts),
+        selected = index.masked_fill(empty, self.num_experts)
+        return self.output(
+            units,
+            self.drop(units, selected, weight, probs),
             weight * self.scale,
             logits=logits,
             probs=probs,
-            mask=mask,
-            sample_index=sample_index,
+            selected=selected,
             noisy_logits=noisy_logits,
             noise_std=noise_std,
+            num_groups=self.num_groups,
         )
-        return routing
+
+    def drop(self, units: RouterInput, index: Tensor, weight: Tensor, probs: Tensor) -> Tensor:
+        """Empty the slots that GShard's dice or a full expert refuse.
+
+        Args:
+            units: What is routed.
+            index: `(T, K)` in `0..E`.
+            weight: `(T, K)`.
+            probs: `(T, E)`, by which units stay under `drop_policy="probs"`.
+        """
+        if self.training and self.random_second:
+            refused = torch.rand_like(weight) >= 2 * weight
+            refused[:, 0] = False
+            index = index.masked_fill(refused, self.num_experts)
+        if self.active_capacity is None:
+            return index
+        by_probs = self.drop_policy == "probs"
+        priority = probs.gather(1, index.clamp(max=self.num_experts - 1)) if by_probs else None
+        return limit_capacity(units, index, self.num_experts, self.active_capacity, priority)
 
     def limit_groups(self, choice: Tensor) -> Tensor:
         """Forbid the experts outside the best `top_groups` groups; `choice` is `(T, E)`."""
@@ -205,7 +244,6 @@ class TopKRouter(Router):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if bias is not None and self.expert_bias.dtype != torch.float32:
             self.expert_bias = bias.to(self.expert_bias.device)
-            self.window_counts = self.window_counts.float()
         return self
 
 
@@ -249,21 +287,55 @@ class NoisyTopKRouter(TopKRouter):
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, input_dim))
         nn.init.normal_(self.weight, std=init_std)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: Tensor | None = None,
-        sample_index: Tensor | None = None,
-        token_ids: Tensor | None = None,
-        state: Tensor | None = None,
-        expert_output: Tensor | None = None,
-        expert_mask: Tensor | None = None,
-    ) -> RoutingOutput:
-        """Route T units by `x` `(T, D)`; see `Router.forward`."""
-        logits = forbid(linear_fp32(x, self.weight), expert_mask)
+    def route(self, units: RouterInput) -> RoutingOutput:
+        """Route T units by `x` `(T, D)`."""
+        logits = self.logits(units)
         if not self.training:
-            return self.choose(logits, mask=mask, sample_index=sample_index)
-        std = nn.functional.softplus(linear_fp32(x, self.noise_weight)) + 1e-2
-        noisy = logits + torch.randn_like(logits) * std
-        return self.choose(logits, mask=mask, sample_index=sample_index, noisy_logits=noisy, noise_std=std)
+            return self.choose(units, logits)
+        std = nn.functional.softplus(linear_fp32(units.x, self.noise_weight)) + 1e-2
+        return self.choose(units, logits, logits + torch.randn_like(logits) * std, std)
+
+
+class CosineRouter(TopKRouter):
+    """X-MoE's router (Chi et al. 2022, arXiv 2204.09179): cosines of projected units and expert embeddings.
+
+    A learned temperature scales them. Cosines keep long hidden vectors from collapsing onto the expert embeddings,
+    which are normalised in every forward (the paper's code renormalises the stored ones instead).
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        project_dim: int | None = None,
+        temperature: float = 0.07,
+        **options: Any,
+    ) -> None:
+        """Build the router.
+
+        Args:
+            input_dim: D of the router input.
+            num_experts: E.
+            top_k: K.
+            project_dim: Width in which cosines are taken; the paper's E/2 if left out, at least 2.
+            temperature: What cosines are divided by at the start; learned.
+            options: The options of `TopKRouter`.
+
+        Raises:
+            ValueError: An argument is not allowed; the message names it.
+        """
+        project_dim = max(num_experts // 2, 2) if project_dim is None else project_dim
+        require(project_dim >= 1, "project_dim", project_dim, "must be at least 1")
+        require(temperature > 0, "temperature", temperature, "must be positive")
+        super().__init__(project_dim, num_experts, top_k, **options)
+        self.project = linear_weight(project_dim, input_dim)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    def logits(self, units: RouterInput) -> Tensor:
+        """Cosines over temperature, `(T, E)`."""
+        projected = nn.functional.normalize(linear_fp32(units.x, self.project), dim=1)
+        embeddings = nn.functional.normalize(self.weight.float(), dim=1)
+        cosine = linear_fp32(projected, embeddings)
+        return forbid(cosine / self.log_temperature.float().exp(), units.expert_mask)
