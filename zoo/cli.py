@@ -190,6 +190,9 @@ def _lightning(command: str, args: Sequence[str]) -> dict[str, float]:
             raise _explained(str(error)) from None
         except MisconfigurationException as error:
             raise ValueError(str(error)) from error
+        except ValueError as error:
+            # What a class raised while it was built, wrapped by jsonargparse.
+            raise (_explained(str(error)) if str(error).startswith("Does not validate") else error) from None
         except SystemExit as error:
             # Lightning answers Ctrl-C with exit code 1.
             if isinstance(error.__context__, KeyboardInterrupt):
@@ -233,6 +236,9 @@ def _run_lightning_cli(command: str, words: list[str]) -> dict[str, float]:
             # The task's own table says it better than Lightning's.
             self.trainer.test(**{**kwargs, "verbose": False})
             self.metrics = self.model.report(self.folder)
+
+        def after_predict(self) -> None:
+            self.model.report_predictions(self.folder)
 
     one_line_errors: dict[str, Any] = {"exit_on_error": False}
     cli = ZooCLI(
@@ -325,6 +331,12 @@ def _is_useful(record: logging.LogRecord) -> bool:
 def _explained(message: str) -> ValueError:
     where = re.search(r'Parser key "([\w.]+)"', message)
     path = re.search(r"Problem with given class_path '([\w.]+)'", message)
+    if path and path[1].startswith("pytorch_lightning."):
+        return ValueError("Options of model and data follow the config that names their classes: put -c CONFIG first.")
+    if re.search(r"arguments are required: \w+\.data", message):
+        return ValueError(
+            "Nothing says what to run: give -c CONFIG (see configs/), or the name of a checkpoint to test."
+        )
     option = re.search(r"Option '([\w.]+)' is not accepted", message)
     if option and path:
         return UnknownNameError(f"option of {path[1]}", option[1], _parameters(pkgutil.resolve_name(path[1])))
@@ -340,7 +352,7 @@ def _explained(message: str) -> ValueError:
         known = _classes(where[1], name)
         return UnknownNameError(f"class for {where[1]!r}", name, known, "A dotted class path always works.")
     noise = r"Does not validate.*|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>|Given value.*"
-    return ValueError(" ".join(re.sub(rf"(?m)^\s*(?:{noise})$", "", message).split()))
+    return ValueError(" ".join(re.sub(rf"(?m)^\s*(?:{noise})$", "", message).split()).removeprefix("- "))
 
 
 def _parameters(klass: type) -> list[str]:

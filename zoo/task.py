@@ -59,7 +59,7 @@ class MoETask(pl.LightningModule):
         model: The network.
         monitor: Logged name that picks the best checkpoint, or None.
         monitor_mode: Whether larger (`max`) or smaller (`min`) is better.
-        prediction_rows: One mapping per tested sample, filled by a subclass in `test_step`; `report` writes them.
+        prediction_rows: One mapping per sample, filled by a subclass in `test_step` or `predict_step`.
     """
 
     model: nn.Module
@@ -141,6 +141,19 @@ class MoETask(pl.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def report_predictions(self, folder: Path) -> None:
+        """After predicting: write `predictions.parquet`, one row per sample that `predict_step` kept.
+
+        Args:
+            folder: The run folder.
+
+        Raises:
+            ValueError: `predict_step` kept nothing.
+        """
+        if not self.prediction_rows:
+            raise ValueError(f"{type(self).__name__} kept no predictions: it has nothing to predict on this data.")
+        print(f"{len(self.prediction_rows)} predictions: {write_predictions(folder, self.prediction_rows)}")
 
     def report(self, folder: Path) -> dict[str, float]:
         """After testing: print one table and write `metrics.json` and `predictions.parquet`.

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from tasks.customization.model import CustomizedLeNet, Features, gate_input
 
+# Learning rates tried, each a quarter of the last.
+ATTEMPTS = 4
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -81,7 +84,8 @@ def customize(
         A copy of the model, in eval mode, with local expert, gate and threshold learned.
 
     Raises:
-        ValueError: There are fewer samples than folds, or labels that are no classes of the model.
+        ValueError: There are fewer samples than folds, labels that are no classes of the model, images without ink, or
+            learning diverged.
     """
     recipe = recipe or Recipe()
     check_samples(model, images, labels, recipe)
@@ -108,6 +112,9 @@ def check_samples(model: CustomizedLeNet, images: Tensor, labels: Tensor, recipe
         raise ValueError(
             f"images has shape {tuple(images.shape)}; expected (N, 1, 28, 28), white ink on black in 0..1."
         )
+    blank = (~(images.flatten(1).amax(1) > 0)).nonzero().flatten().tolist()
+    if blank:
+        raise ValueError(f"Images {blank[:5]} hold no ink ({len(blank)} in all): leave them out.")
     wrong = labels[(labels < 0) | (labels >= model.num_classes)].unique().tolist()
     if wrong:
         raise ValueError(f"Labels {wrong} are no classes of the model; allowed are 0..{model.num_classes - 1}.")
@@ -207,15 +214,40 @@ class _Customization:
         return weight.detach(), offset.detach()
 
     def sgd(self, phase: str, parameters: list[Tensor], steps: int, rate: float, loss: Callable[[], Tensor]) -> None:
-        """SGD with momentum 0.9, thirty steps of warm-up, then a cosine to zero."""
+        """Fit the parameters; where that diverges, begin again at a quarter of the rate.
+
+        Features of unusual images can be far larger than those of the replay buffer, too large for the usual rate.
+        """
+        start, state = [parameter.detach().clone() for parameter in parameters], self.random.get_state()
+        for attempt in range(ATTEMPTS):
+            if self.descend(phase, parameters, steps, rate / 4**attempt, loss):
+                return
+            self.random.set_state(state)
+            with torch.no_grad():
+                for parameter, value in zip(parameters, start, strict=True):
+                    parameter.copy_(value)
+        raise ValueError(
+            f"Learning the {phase} diverged even at {rate / 4 ** (ATTEMPTS - 1):.2g} of a learning rate: these images "
+            "are unlike any the model knows. Check that they are white ink on black, upright and centred."
+        )
+
+    def descend(
+        self, phase: str, parameters: list[Tensor], steps: int, rate: float, loss: Callable[[], Tensor]
+    ) -> bool:
+        """SGD with momentum 0.9, thirty steps of warm-up, then a cosine to zero; whether the loss fell in the end."""
+        losses = []
         optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=self.recipe.weight_decay)
         for step in range(steps):
             warm = min(1.0, (step + 1) / 30)
             optimizer.param_groups[0]["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
-            loss().backward()
+            value = loss()
+            value.backward()
             optimizer.step()
+            losses.append(value.item())
             self.progress(phase, step + 1, steps)
+        # A comparison with a loss that is not a number is false too.
+        return sum(losses[-20:]) / len(losses[-20:]) <= losses[0]
 
     @torch.no_grad()
     def keep(self, down: Tensor, up: Tensor, bias: Tensor, weight: Tensor, offset: Tensor, threshold: float) -> None:

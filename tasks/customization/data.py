@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ FRACTIONS = (0.6, 0.2, 0.2)
 # With fewer, the three parts of the 60/20/20 split cannot all be filled.
 MIN_SAMPLES = 5
 SMALL_CLASS = 5
+MIN_INK = 64
 
 
 @dataclass(slots=True)
@@ -316,6 +318,13 @@ class UserDataModule(ZooDataModule):
                 "the users' folder", [self.folder or "(none given)"], "Name it with --data.folder DIR."
             )
         names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        if not names:
+            raise DataNotFoundError("any user", [folder / "<user>"], "Expected a folder per user in it.")
+        with suppress(ValueError):
+            label_of_folder(names[0])
+            raise DataNotFoundError(
+                "the users", [folder], f"{names[0]} names a class: put the class folders into {folder}/<your name>/."
+            )
         self.known(names)
         return {name: read_class_folders(folder / name) for name in ([self.user] if self.user else names)}
 
@@ -331,9 +340,10 @@ class UserDataModule(ZooDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """One batch: the user."""
         if len(self.users) != 1:
+            found = ", ".join(f"{user.user} (seed {user.seed})" for user in self.users)
             raise ValueError(
-                f"fit customises one user at a time, found {len(self.users)}: name one with --data.user NAME "
-                "and one seed with --data.seeds '[0]'."
+                f"fit customises one user at a time, found {found}: "
+                "name one with --data.user NAME and one seed with --data.seeds '[0]'."
             )
         return self.user_loader()
 
@@ -341,8 +351,12 @@ class UserDataModule(ZooDataModule):
         """Generic images, then users."""
         return [*self.generic_loaders(), self.user_loader()]
 
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """One user per batch, each once."""
+        return DataLoader([user for user in self.users if user.seed == self.seeds[0]], batch_size=None)  # type: ignore[arg-type]
+
     def user_loader(self) -> DataLoader[Any]:
-        """One user per batch, as `UserSamples`."""
+        """One user and seed per batch, as `UserSamples`."""
         return DataLoader(self.users, batch_size=None)  # type: ignore[arg-type]
 
     def generic_loaders(self) -> list[DataLoader[Any]]:
@@ -442,14 +456,17 @@ def read_class_folders(folder: Path) -> Samples:
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """Read one grey 28 x 28 image with white ink on black.
+    """Read one 28 x 28 image with white ink on black; what is transparent counts as black.
 
     Raises:
-        ValueError: It is unreadable, of another size, or its border is bright, as black ink on white has it.
+        ValueError: It is unreadable, of another size, blank, or its border is bright, as black ink on white has it.
     """
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L"))
+            transparent = image.has_transparency_data
+            ink = image.convert("RGBA")
+            flat = Image.alpha_composite(Image.new("RGBA", image.size, "black"), ink)
+            pixels = np.asarray(flat.convert("L"))
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}.") from None
     if pixels.shape != (SIDE, SIDE):
@@ -457,6 +474,11 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     if border.mean() > 127:
         raise ValueError(f"{path} seems to be black on white (mean of its border is {border.mean():.0f}): invert it.")
+    if pixels.max() < MIN_INK:
+        why = (
+            "it is transparent, and its ink is black: put it on white and invert it" if transparent else "leave it out"
+        )
+        raise ValueError(f"{path} holds no ink (its brightest pixel is {pixels.max()} of 255): {why}.")
     return pixels
 
 

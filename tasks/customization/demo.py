@@ -17,6 +17,7 @@ from tasks.customization.evaluate import accuracy, both_experts, overhead, plot_
 from tasks.customization.model import CustomizedLeNet
 from zoo import hub
 from zoo.data import ENVIRONMENT_VARIABLE
+from zoo.errors import DataNotFoundError
 from zoo.report import print_table, run_folder
 
 CHECKPOINT = "customization/lenet5-emnist"
@@ -30,15 +31,17 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Command line after `moe-zoo demo customization`.
     """
     parser = argparse.ArgumentParser("moe-zoo demo customization", description=__doc__)
-    parser.add_argument("--user", default=REAL_USER, help="writer of unipen.npz, where MOE_ZOO_DATA is set")
+    parser.add_argument("--user", help=f"writer of unipen.npz, {REAL_USER} by default; needs {ENVIRONMENT_VARIABLE}")
     parser.add_argument("--out", default="runs/customization/demo", help="folder of the figures")
     options = parser.parse_args(args)
     folder = run_folder(options.out)
     model = cast(CustomizedLeNet, hub.load(CHECKPOINT))
     has_data = bool(os.environ.get(ENVIRONMENT_VARIABLE))
+    if options.user and not has_data:
+        raise DataNotFoundError(f"the writer {options.user}", [], f"Set {ENVIRONMENT_VARIABLE} to the data folder.")
     modules = [UserDataModule(source="synthetic", user=SYNTHETIC_USER, generic="none", seed=0)]
     if has_data:
-        modules.append(UserDataModule(user=options.user))
+        modules.append(UserDataModule(user=options.user or REAL_USER))
     generic = generic_images() if has_data else None
     rows = []
     for module in modules:

@@ -77,32 +77,47 @@ class GlobalExpertTask(MoETask):
         # A device sees classes as often as the world has them: drawn at random, not balanced.
         chosen = torch.randint(len(samples), (model.replay_size,), generator=torch.Generator().manual_seed(data.seed))
         model.eval().fill_replay(to_float(samples.images[chosen]), samples.labels[chosen])
-        card = expert_card(self.variant, data.source)
+        card = expert_card(self.variant, data.source, self.trainer.current_epoch)
         config = (hub.assets() / "configs/customization/users.yaml").read_text()
         hub.save(model, folder, card=card, golden_input=to_float(samples.images[:8]), config=config)
         print(f"Checkpoint to customise: {folder}")
 
 
-def expert_card(variant: str, source: str) -> hub.Card:
+PREPROCESSING = {"size": "1 x 28 x 28", "range": "0..1", "ink": "white on black, upright, centred"}
+
+# What the sources of training data are called on a card, and their terms.
+SOURCES = {
+    "npz": (
+        "EMNIST",
+        "80 % of EMNIST ByClass's official test set (93,083 images) and 99,845 further EMNIST images",
+        "EMNIST (NIST SD19): US government work",
+    ),
+    "torchvision": ("EMNIST", "the official training part of EMNIST", "EMNIST (NIST SD19): US government work"),
+    "folder": ("your own images", "class folders of the trainer's own", "its trainer's to say"),
+    "generated": ("stroke fonts (synthetic)", "characters drawn in stroke fonts (synthetic)", "none"),
+}
+
+
+def expert_card(variant: str, source: str, epochs: int) -> hub.Card:
     """What the checkpoint of a trained global expert says about itself."""
-    data = {
-        "npz": "80 % of EMNIST ByClass's official test set (93,083 images) and 99,845 further EMNIST images",
-        "torchvision": "the official training part of EMNIST",
-        "folder": "class folders of the user's own",
-        "generated": "stroke fonts (synthetic)",
-    }
+    name, data, terms = SOURCES[source]
+    warning = (
+        " Do not score it on torchvision's ByClass test part: most of that was training data."
+        if source == "npz"
+        else ""
+    )
     return hub.Card(
-        title=f"{variant} on EMNIST, to be customised",
+        title=f"{variant} on {name}, to be customised",
         task="handwritten character recognition, 47 merged classes",
         description=(
             "A frozen global expert, a closed gate and a replay buffer of 1,000 generic training images' features. "
-            "tasks.customization.customizer.customize learns a local expert and the gate from one user's samples. "
-            "Do not score it on torchvision's ByClass test part: most of that was training data."
+            "tasks.customization.customizer.customize learns a local expert and the gate from one user's samples."
+            + warning
         ),
-        data=f"{data[source]}, 12 epochs.",
-        data_terms="EMNIST (NIST SD19): US government work",
-        weights_licence="Apache-2.0",
-        preprocessing={"size": "1 x 28 x 28", "range": "0..1", "ink": "white on black, upright, centred"},
+        data=f"{data}, {epochs} epochs.",
+        data_terms=terms,
+        weights_licence="its trainer's to say",
+        preprocessing=PREPROCESSING,
         classes=list(MERGED_CHARACTERS),
     )
 
@@ -126,7 +141,7 @@ class CustomizationTask(MoETask):
         Args:
             pretrained: Name of a zoo checkpoint, or a folder written by `zoo.save`.
             recipe: Fields of `tasks.customization.customizer.Recipe` that differ from its defaults.
-            save_to: Folder that `fit` saves the customised model in; by default `customized` in the run folder.
+            save_to: Folder that `fit` saves the customised model in; by default `customized/<user>` in the run folder.
 
         Raises:
             UnknownNameError: The recipe has no such field.
@@ -167,42 +182,46 @@ class CustomizationTask(MoETask):
         return model, time.perf_counter() - start
 
     def training_step(self, batch: UserSamples, batch_idx: int) -> None:
-        """Customise for the user, score before and after, and save the result."""
+        """Customise for the user, save the result, and show what it changed on held-back samples."""
         customised, seconds = self.learn(batch)
-        features, labels = self.own(batch.test)
-        _, mixed, routing = both_experts(customised, features)
-        self.log_dict(
-            {
-                "custom_acc_ge": accuracy(features.logits, labels),
-                "custom_acc_moe": accuracy(mixed, labels),
-                "route": 100 * (routing.expert_index[:, 0] == 1).float().mean().item(),
-                "seconds_per_user": seconds,
-            },
-            batch_size=1,
-        )
-        self.finish(batch, customised, features.logits.argmax(1), mixed.argmax(1), labels)
-
-    def finish(
-        self, user: UserSamples, customised: CustomizedLeNet, before: Tensor, after: Tensor, labels: Tensor
-    ) -> None:
-        """Save the customised model and a figure of what it repaired, and print what was gained."""
         folder = Path(self.trainer.default_root_dir)
-        target = Path(self.save_to) if self.save_to else folder / "customized"
-        save_customized(customised, target, user, self.pretrained)
+        target = Path(self.save_to) if self.save_to else folder / "customized" / batch.user
+        save_customized(customised, target, batch, self.pretrained)
+        self.show(batch, customised, seconds, folder)
+        print(f"Customised model: {target}")
         self.model = customised
-        kind = " (synthetic)" if user.synthetic else ""
-        plot_repairs(
-            user.test.images,
-            labels,
-            before,
-            after,
-            f"{user.user}{kind}: wrong before, right after",
-            folder / "repairs.png",
-        )
-        rows = [{"metric": name, "value": float(value)} for name, value in self.trainer.logged_metrics.items()]
-        closed = " - the local expert did not help, so the gate stays closed" if customised.threshold >= 1 else ""
-        print_table(f"{user.user}{kind}: {len(user.train) + len(user.val)} samples learned{closed}", rows)
-        print(f"Customised model: {target}\nWhat it repaired: {folder / 'repairs.png'}")
+
+    def show(self, user: UserSamples, customised: CustomizedLeNet, seconds: float, folder: Path) -> None:
+        """Print accuracy before and after and draw what was repaired."""
+        features, labels = self.own(user.test)
+        _, mixed, routing = both_experts(customised, features)
+        before, after = features.logits.argmax(1), mixed.argmax(1)
+        name = f"{user.user} (synthetic)" if user.synthetic else user.user
+        learned = len(user.train) + len(user.val)
+        row = {
+            "learned from": learned,
+            "held back": len(user.test),
+            "before (%)": accuracy(features.logits, labels),
+            "after (%)": accuracy(mixed, labels),
+            "asked the local expert (%)": 100 * (routing.expert_index == 1).float().mean().item(),
+            "seconds": seconds,
+        }
+        print_table(f"{name}: accuracy on samples that were held back", [row])
+        if customised.threshold >= 1:
+            print("By your own samples the local expert does not help clearly enough: the gate stays closed.")
+        if ((before != labels) & (after == labels)).any():
+            title = f"{name}: wrong before, right after {learned} samples"
+            figure = folder / f"repairs-{user.user}.png"
+            print(f"What it repaired: {plot_repairs(user.test.images, labels, before, after, title, figure)}")
+
+    def predict_step(self, batch: UserSamples, batch_idx: int) -> list[Mapping[str, Any]]:
+        """Classify all samples of a user with the model as it is: one row per sample."""
+        done = len(self.prediction_rows)
+        parts = (batch.train, batch.val, batch.test)
+        samples = Samples(*(torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels")))
+        whole = UserSamples(batch.user, batch.seed, samples, samples, samples, batch.synthetic)
+        self.keep_predictions(whole, self.model, self.own(samples))
+        return self.prediction_rows[done:]
 
     @torch.no_grad()
     def own(self, samples: Samples) -> tuple[Features, Tensor]:
@@ -210,7 +229,13 @@ class CustomizationTask(MoETask):
         return self.model.features(to_float(samples.images)), merge(samples.labels)
 
     def on_test_start(self) -> None:
-        """Begin new results."""
+        """Begin new results.
+
+        Raises:
+            ValueError: There are no generic test images to score on.
+        """
+        if getattr(self.trainer.datamodule, "generic", None) == "none":  # type: ignore[attr-defined]
+            raise ValueError("There are no generic test images: testing needs --data.generic npz or generated.")
         self.generic, self.rows, self.prediction_rows = [], [], []
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -227,8 +252,6 @@ class CustomizationTask(MoETask):
 
     def all_generic(self) -> tuple[Features, Tensor]:
         """Features and labels of all generic images."""
-        if not self.generic:
-            raise ValueError("There are no generic test images: testing needs --data.generic npz or generated.")
         if len(self.generic) > 1:
             parts, labels = zip(*self.generic, strict=True)
             columns = zip(*((part.early, part.hidden, part.logits) for part in parts), strict=True)
@@ -292,6 +315,7 @@ def save_customized(model: CustomizedLeNet, folder: Path, user: UserSamples, bas
         data_terms="the user's own",
         weights_licence="the user's own",
         classes=list(MERGED_CHARACTERS),
-        preprocessing={"size": "1 x 28 x 28", "range": "0..1", "ink": "white on black, upright, centred"},
+        preprocessing=PREPROCESSING,
     )
-    hub.save(model, folder, card=card, golden_input=to_float(user.test.images[:4]))
+    config = (hub.assets() / "configs/customization/users.yaml").read_text()
+    hub.save(model, folder, card=card, golden_input=to_float(user.test.images[:4]), config=config)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoo.errors import UnknownNameError
 from zoo.moe.activations import ACTIVATIONS, activate
 from zoo.moe.routers.base import require
-from zoo.moe.sorted_mm import Plan, SortedFeedForward
+from zoo.moe.sorted_mm import PaddedFeedForward, Plan, SortedFeedForward
 
 logger = logging.getLogger(__name__)
 
@@ -271,8 +271,9 @@ def sorted_sum(experts: GroupedExperts, x: Tensor, weight: Tensor, plan: Plan) -
     ]
     operands = [x.to(dtype), weight.to(dtype), *parameters]
     keep = torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
+    function = PaddedFeedForward if plan.pads_well else SortedFeedForward
     with torch.autocast(device, enabled=False):
-        out: Tensor = SortedFeedForward.apply(*operands, plan, experts.activation, experts.gated, keep)
+        out: Tensor = function.apply(*operands, plan, experts.activation, experts.gated, keep)
     return out
 
 
@@ -306,9 +307,9 @@ def choose_backend(experts: GroupedExperts, x: Tensor) -> str:
         if obstacle and x.shape[0]:
             raise ValueError(f"backend={experts.backend!r}: {obstacle}. Use backend='loop' or 'auto'.")
         return "loop" if obstacle else experts.backend
-    obstacle = None if x.is_cuda else "it is slower than loop on a CPU"
+    obstacle = None if x.is_cuda else "it is slower than sorted_mm on a CPU (benchmarks/moe_layer.py)"
     obstacle = obstacle or grouped_mm_obstacle(experts, x)
-    choice, reason = ("loop", f"not grouped_mm, as {obstacle}") if obstacle else ("grouped_mm", "rows lie on CUDA")
+    choice, reason = ("sorted_mm", f"not grouped_mm, as {obstacle}") if obstacle else ("grouped_mm", "rows lie on CUDA")
     log_once(f"MoE backend {choice} ({reason})")
     return choice
 

@@ -14,6 +14,13 @@ from torch.autograd.function import once_differentiable
 
 from zoo.moe.activations import activate, activate_backward
 
+# Up to this many rows per expert one batched product beats a product per expert; measured by benchmarks/moe_layer.py.
+FEW_ROWS = 160
+# So many rows cost less than reading the weights: padding is free.
+TINY_ROWS = 16
+# Most rows that padding may add up to, over the rows there are.
+MAX_PADDING = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -39,6 +46,19 @@ class Plan:
                 found.append((expert, slice(start, start + size)))
             start += size
         return found
+
+    @property
+    def pads_well(self) -> bool:
+        """Whether one batched product is worth its padding: few rows for each of nearly all experts."""
+        longest, busy = max(self.sizes, default=0), sum(size > 0 for size in self.sizes)
+        few = longest <= FEW_ROWS and len(self.sizes) * longest <= MAX_PADDING * len(self.unit)
+        return 4 * busy >= 3 * len(self.sizes) and (few or 0 < longest <= TINY_ROWS)
+
+    def padded_places(self) -> Tensor:
+        """Where each sorted slot lies, `(N,)`, once every expert's rows are padded to the longest."""
+        sizes = torch.tensor(self.sizes, device=self.unit.device)
+        gaps = torch.arange(len(sizes), device=sizes.device) * max(self.sizes) - (sizes.cumsum(0) - sizes)
+        return torch.arange(len(self.unit), device=sizes.device) + gaps.repeat_interleave(sizes)
 
     def add_up(self, rows: Tensor) -> Tensor:
         """Add sorted rows `(N, D)` up to units `(T, D)`."""
@@ -131,6 +151,70 @@ class SortedFeedForward(torch.autograd.Function):
             if grad_rows is not None:
                 torch.mm(grad_before, up[expert], out=grad_rows[part])
         grad_x = None if grad_rows is None else ctx.plan.add_up(grad_rows)
+        return grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias, None, None, None, None
+
+
+class PaddedFeedForward(torch.autograd.Function):
+    """The same as `SortedFeedForward`, all experts in one batched product, each expert's rows padded to the longest.
+
+    Padding rows have weight 0, so they add nothing to any output or gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        up: Tensor,
+        down: Tensor,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        plan: Plan,
+        activation: str,
+        gated: bool,
+        keep: bool,
+    ) -> Tensor:
+        """Compute `(T, out)`; the arguments are those of `SortedFeedForward`."""
+        place = plan.padded_places()
+        experts, longest = len(plan.sizes), max(plan.sizes)
+        unit = plan.unit.new_zeros(experts * longest)
+        unit[place] = plan.unit
+        scale = weight.new_zeros(experts * longest)
+        scale[place] = weight
+        rows = x.index_select(0, unit).view(experts, longest, -1)
+        scale = scale.view(experts, longest, 1)
+        hidden = torch.bmm(rows, up.transpose(1, 2))
+        if up_bias is not None:
+            hidden += up_bias[:, None]
+        out = torch.bmm(activate(hidden, activation, gated) * scale, down.transpose(1, 2))
+        if down_bias is not None:
+            out.addcmul_(scale, down_bias[:, None])
+        if keep:
+            ctx.save_for_backward(rows, scale, hidden, up, down, up_bias, down_bias, unit, place)
+            ctx.plan, ctx.activation, ctx.gated = plan, activation, gated
+        return plan.add_up(out.flatten(0, 1).index_select(0, place))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and the four parameters."""
+        rows, scale, hidden, up, down, up_bias, down_bias, unit, place = ctx.saved_tensors
+        grad = grad_out.index_select(0, unit).view(*rows.shape[:2], -1)
+        inner = activate(hidden, ctx.activation, ctx.gated)
+        grad_inner = torch.bmm(grad, down)
+        grad_scale = torch.linalg.vecdot(grad_inner, inner)
+        grad_down = torch.bmm(grad.transpose(1, 2), inner * scale)
+        grad_down_bias = None
+        if down_bias is not None:
+            grad_scale = grad_scale + torch.linalg.vecdot(grad, down_bias[:, None])
+            grad_down_bias = (grad * scale).sum(1)
+        grad_hidden = activate_backward(grad_inner.mul_(scale), hidden, ctx.activation, ctx.gated)
+        grad_up = torch.bmm(grad_hidden.transpose(1, 2), rows)
+        grad_up_bias = None if up_bias is None else grad_hidden.sum(1)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.plan.add_up(torch.bmm(grad_hidden, up).flatten(0, 1).index_select(0, place))
+        grad_weight = grad_scale.flatten().index_select(0, place)
         return grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias, None, None, None, None
 
 

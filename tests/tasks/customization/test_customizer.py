@@ -84,6 +84,7 @@ def test_progress_covers_both_phases(model: CustomizedLeNet, writer: Writer) -> 
     [
         (torch.rand(3, 1, 28, 28), torch.tensor([0, 1, 2]), "There are 3 samples; customization needs at least 4"),
         (torch.rand(8, 1, 32, 32), torch.zeros(8, dtype=torch.long), r"shape \(8, 1, 32, 32\); expected"),
+        (torch.zeros(8, 1, 28, 28), torch.zeros(8, dtype=torch.long), r"\[0, 1, 2, 3, 4\] hold no ink \(8 in all"),
         (torch.rand(8, 1, 28, 28), torch.full((8,), 61), r"Labels \[61\] are no classes.*0..46"),
     ],
 )
@@ -92,6 +93,15 @@ def test_samples_that_nothing_can_be_learned_from(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         customize(model, images, labels)
+
+
+def test_a_rate_that_diverges_is_lowered(model: CustomizedLeNet, writer: Writer) -> None:
+    rates = Recipe(expert_steps=60, gate_steps=60, copies=1, expert_rate=30.0)
+    customised = customize(model, *writer, recipe=rates)
+    assert all(torch.isfinite(value).all() for value in customised.state_dict().values())
+    assert customised.local_expert.up.abs().max() < 100
+    with pytest.raises(ValueError, match="local expert diverged even at"):
+        customize(model, *writer, recipe=Recipe(expert_steps=60, gate_steps=60, copies=1, expert_rate=1e9))
 
 
 def test_gains() -> None:

@@ -144,7 +144,7 @@ def test_unipen_users_and_unknown_names(root: Path) -> None:
     assert [(user.user, user.seed) for user in module.users] == [("ann", 0), ("bob", 0), ("ann", 1), ("bob", 1)]
     with pytest.raises(UnknownNameError, match="Did you mean 'ann'"):
         UserDataModule(str(root), user="anne").setup()
-    with pytest.raises(ValueError, match="one user at a time, found 4"):
+    with pytest.raises(ValueError, match=r"one user at a time, found ann \(seed 0\), bob"):
         module.train_dataloader()
 
 
@@ -171,6 +171,17 @@ def test_bad_images_and_folders(tmp_path: Path) -> None:
         Image.fromarray(pixels).save(tmp_path / name)
         with pytest.raises(ValueError, match=words):
             read_image(tmp_path / name)
+    ink = np.zeros((28, 28, 4), np.uint8)
+    ink[8:20, 8:20, 3] = 255
+    Image.fromarray(ink).save(tmp_path / "transparent.png")
+    with pytest.raises(ValueError, match="transparent, and its ink is black"):
+        read_image(tmp_path / "transparent.png")
+    ink[..., :3] = 255
+    Image.fromarray(ink).save(tmp_path / "white.png")
+    assert np.array_equal(read_image(tmp_path / "white.png"), ink[..., 3])
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "blank.png")
+    with pytest.raises(ValueError, match="holds no ink"):
+        read_image(tmp_path / "blank.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     with pytest.raises(ValueError, match="cannot be read as an image"):
         read_image(tmp_path / "broken.png")
@@ -179,6 +190,15 @@ def test_bad_images_and_folders(tmp_path: Path) -> None:
     (tmp_path / "letter_a").mkdir()
     with pytest.raises(ValueError, match="'letter_a' names no class"):
         read_class_folders(tmp_path)
+
+
+def test_class_folders_without_a_user_folder_are_recognised(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, random_samples([5, 5]))
+    with pytest.raises(DataNotFoundError, match="digit_0 names a class: put the class folders into"):
+        UserDataModule(source="folder", folder=str(tmp_path)).setup()
+    (tmp_path / "nobody").mkdir()
+    with pytest.raises(DataNotFoundError, match="any user"):
+        UserDataModule(source="folder", folder=str(tmp_path / "nobody")).setup()
 
 
 def test_missing_root_says_where_it_looked(tmp_path: Path) -> None:

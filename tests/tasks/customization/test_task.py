@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -11,8 +12,10 @@ import torch
 import zoo
 from tasks.customization.data import Samples, to_float, write_all_classes, write_class_folders
 from tasks.customization.demo import main as demo
+from tasks.customization.task import expert_card
 from zoo import hub
 from zoo.cli import main
+from zoo.errors import DataNotFoundError
 
 CHECKPOINTS = ("customization/lenet5-emnist", "customization/lenet-large-emnist")
 QUICK = "--model.recipe={expert_steps: 60, gate_steps: 60, copies: 1}"
@@ -47,7 +50,7 @@ def test_train_a_global_expert_then_customise_it(variant: str, tmp_path: Path) -
         assert torch.equal(value, trained[f"model.{name}"])
     user = ["fit", "-c", "configs/customization/user.yaml", "--model.pretrained", str(folder), QUICK]
     main([*user, *synthetic("synthetic-5"), "--out", str(tmp_path / "user")])
-    customised = zoo.load(tmp_path / "user/customized")
+    customised = zoo.load(tmp_path / "user/customized/synthetic-5")
     assert torch.equal(customised.global_expert.conv1.weight, trained["model.conv1.weight"])
 
 
@@ -56,12 +59,24 @@ def test_fit_a_user_saves_a_model_and_a_figure(tmp_path: Path, capsys: pytest.Ca
     main([*config, *synthetic("synthetic-1"), "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "synthetic-1 (synthetic)" in printed and printed.splitlines()[-1] == str(tmp_path)
-    assert (tmp_path / "repairs.png").is_file()
-    customised, base = zoo.load(tmp_path / "customized"), zoo.load(CHECKPOINTS[0])
+    assert (tmp_path / "repairs-synthetic-1.png").is_file()
+    customised, base = zoo.load(tmp_path / "customized/synthetic-1"), zoo.load(CHECKPOINTS[0])
     assert all(map(torch.equal, customised.global_expert.parameters(), base.global_expert.parameters()))
     own = write_all_classes(10_001, 3)
     answers = [model(to_float(own.images)).argmax(1) for model in (base, customised)]
     assert not torch.equal(*answers)
+
+    words = ["--data.source=synthetic", "--data.user=synthetic-1", "--data.generic=none", NO_BAR]
+    main(["predict", str(tmp_path / "customized/synthetic-1"), *words, "--out", str(tmp_path)])
+    rows = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert len(rows) == 744 and (rows.expert == "local").mean() > 0.5
+    assert (rows.prediction == rows.target).mean() > (rows.global_prediction == rows.target).mean()
+
+
+def test_a_second_user_does_not_overwrite_the_first(tmp_path: Path) -> None:
+    for user in ("synthetic-0", "synthetic-1"):
+        main(["fit", "-c", "configs/customization/user.yaml", QUICK, *synthetic(user), "--out", str(tmp_path)])
+    assert {path.name for path in (tmp_path / "customized").iterdir()} == {"synthetic-0", "synthetic-1"}
 
 
 def test_a_users_own_folder(tmp_path: Path) -> None:
@@ -69,7 +84,7 @@ def test_a_users_own_folder(tmp_path: Path) -> None:
     write_class_folders(tmp_path / "data/me", samples)
     source = ["--data.source=folder", f"--data.folder={tmp_path / 'data'}", "--data.generic=none"]
     main(["fit", "-c", "configs/customization/user.yaml", QUICK, *source, "--out", str(tmp_path / "run")])
-    assert zoo.info(tmp_path / "run/customized").card.data == "99 samples of me"
+    assert zoo.info(tmp_path / "run/customized/me").card.data == "99 samples of me"
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -115,7 +130,9 @@ def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "Did you mean 'customization/lenet5-emnist'" in sentence(
         capsys, *user, *synthetic("synthetic-0"), "--model.pretrained=customization/lenet5-mnist"
     )
-    assert "one user at a time, found 2" in sentence(capsys, *user, "--data.source=synthetic", "--data.generic=none")
+    assert "one user at a time, found synthetic-0 (seed 0), synthetic-1 (seed 0)" in sentence(
+        capsys, *user, "--data.source=synthetic", "--data.generic=none"
+    )
     words = ("--data.source=synthetic", "--data.user=synthetic-0", "--data.generic=none", QUICK)
     assert "no generic test images" in sentence(capsys, "test", CHECKPOINTS[0], *words, NO_BAR, "--out", str(tmp_path))
 
@@ -126,6 +143,31 @@ def test_a_user_of_too_few_samples_is_told_so(tmp_path: Path, capsys: pytest.Cap
     words = ["--data.source=folder", f"--data.folder={tmp_path / 'data'}", "--data.generic=none"]
     line = sentence(capsys, "fit", "-c", "configs/customization/user.yaml", *words, "--out", str(tmp_path / "run"))
     assert "has 3 samples; at least 5" in line
+
+
+def test_a_damaged_checkpoint_and_options_in_the_wrong_place_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(zoo.info(CHECKPOINTS[0]).path, folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:1000])
+    line = sentence(capsys, "test", str(folder), *synthetic("synthetic-0"), "--out", str(tmp_path / "run"))
+    assert line.startswith(f"moe-zoo: {folder / 'model.safetensors'} is damaged")
+    assert "put -c CONFIG first" in sentence(capsys, "fit", "--data.user=me", "-c", "configs/customization/user.yaml")
+    assert "give -c CONFIG" in sentence(capsys, "fit")
+
+
+def test_the_card_says_what_the_expert_was_trained_on() -> None:
+    card = expert_card("lenet5", "generated", 3)
+    assert "synthetic" in card.title and "3 epochs" in card.data and "torchvision" not in card.description
+    assert "EMNIST" in expert_card("lenet5", "npz", 12).title
+
+
+def test_demo_of_a_writer_needs_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOE_ZOO_DATA", raising=False)
+    with pytest.raises(DataNotFoundError, match="apa-00"):
+        demo(["--user", "apa-00"])
 
 
 def test_demo_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

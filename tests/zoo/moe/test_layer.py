@@ -65,7 +65,7 @@ def test_one_expert_is_the_dense_network(backend: str) -> None:
 def test_state_dict_round_trip_with_buffers() -> None:
     layer = make_layer(TopKRouter(8, 4, 2, score="sigmoid", selection_bias=True))
     layer.router.update_bias(torch.tensor([4.0, 0.0, 1.0, 3.0]), 0.1)
-    fresh = MoELayer(TopKRouter(8, 4, 2, score="sigmoid", selection_bias=True), GroupedExperts(4, 8, 16))
+    fresh = make_layer(TopKRouter(8, 4, 2, score="sigmoid", selection_bias=True))
     fresh.load_state_dict(layer.state_dict())
     x = torch.randn(10, 8)
     assert torch.equal(fresh(x), layer(x))
