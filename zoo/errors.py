@@ -39,8 +39,9 @@ class DataNotFoundError(FileNotFoundError):
             looked_in: Every place that was tried, in order.
             how_to_get: A sentence that says what to run or set.
         """
-        places = ", ".join(str(place) for place in looked_in) or "no place: none was named"
-        super().__init__(f"Could not find {what}. Looked in: {places}. {how_to_get}")
+        places = ", ".join(str(place) for place in looked_in)
+        looked = f"Looked in: {places}." if places else "No folder was named."
+        super().__init__(f"Could not find {what}. {looked} {how_to_get}")
 
 
 class CheckpointError(ValueError):

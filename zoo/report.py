@@ -37,9 +37,8 @@ def run_folder(folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise PermissionError(
-            f"Cannot write the run folder {folder} ({error.strerror}): choose another with --out DIR."
-        ) from None
+        why = "it is a file" if folder.is_file() else error.strerror
+        raise PermissionError(f"Cannot write the run folder {folder} ({why}): choose another with --out DIR.") from None
     return folder
 
 
