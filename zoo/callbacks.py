@@ -196,7 +196,3 @@ class UsageHealth(pl.Callback):
     def detach(self) -> None:
         """Stop observing."""
         self.handles.remove()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing outlives an epoch."""
-        return {}

@@ -55,7 +55,10 @@ def main(rank: int, folder: str) -> None:
     results["loss"] /= 2
     torch.save(results, f"{folder}/{rank}.part")
     Path(f"{folder}/{rank}.part").rename(f"{folder}/{rank}.pt")
+    deadline = time.monotonic() + 60
     while not all(Path(f"{folder}/{other}.pt").is_file() for other in range(2)):
+        if time.monotonic() > deadline:
+            raise TimeoutError("the other process left no result")
         time.sleep(0.01)
     # Gloo's threads now and then abort a process that tears them down; what is tested is written.
     os._exit(0)
