@@ -25,6 +25,7 @@ class Method:
         freeze: Share of the steps after which StableMoE's student decides.
         micro_batch: Sequences per forward; 0 is the whole batch.
         window: Sequences over which the balance loss counts; 0 counts each forward by itself.
+        retrofit: Share of the steps after which the trained routers get null experts; None is never.
     """
 
     design: Design = field(repr=False)
@@ -36,6 +37,7 @@ class Method:
     freeze: float | None = None
     micro_batch: int = 0
     window: int = 0
+    retrofit: float | None = None
 
 
 def top_k(aux: dict[str, float] | None = None, width: float = 1.0, **options: object) -> Design:
@@ -98,6 +100,9 @@ METHODS: dict[str, Method] = {
         ),
         "as null, with null experts that give the unit itself",
     ),
+    "retrofit-null": replace(
+        TOP2, what="AdaMoE: null experts given to a trained top2, for the last 40 % of the steps", retrofit=0.6
+    ),
     "recurrent": Method(recurrent(WEAK_BALANCE), "RMoE: recurrent router (compare top2-weak)"),
     "dense-to-sparse": Method(
         mixture("DenseToSparseRouter", coarse), "EvoMoE's gate: from all experts to one", cooling=(0.5, 0.6)
@@ -136,12 +141,10 @@ METHODS: dict[str, Method] = {
     "deepseek": Method(deepseek(2, 1, BALANCE), "DeepSeekMoE: experts cut in two, one of them shared"),
     "sequence-lbl": Method(top_k({"sequence_balancing": 0.01}), "top2, balanced in each sequence"),
     "micro-4": replace(TOP2, what="top2, balanced in micro-batches of 4", micro_batch=MICRO_BATCH),
-    "micro-16": replace(TOP2, what="top2, balanced in micro-batches of 16", micro_batch=4 * MICRO_BATCH),
     "global-16": replace(TOP2, what="micro-batches of 4, counts over 16", micro_batch=MICRO_BATCH, window=16),
-    "global-32": replace(TOP2, what="micro-batches of 4, counts over 32", micro_batch=MICRO_BATCH, window=32),
-    "global-128": replace(TOP2, what="micro-batches of 4, counts over 128", micro_batch=MICRO_BATCH, window=128),
+    "global-64": replace(TOP2, what="micro-batches of 4, counts over 64", micro_batch=MICRO_BATCH, window=64),
 }
 
 # Sequences over which the balance loss counts, for the curve: each forward by itself, or a window of several.
-BY_FORWARD = {1: "sequence-lbl", 4: "micro-4", 16: "micro-16", 32: "top2"}
-BY_WINDOW = {16: "global-16", 32: "global-32", 128: "global-128"}
+BY_FORWARD = {1: "sequence-lbl", 4: "micro-4", 16: "top2"}
+BY_WINDOW = {16: "global-16", 64: "global-64"}

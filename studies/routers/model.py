@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from studies.routers.data import MASK
 from zoo.moe import FeedForward, GroupedExperts, MoELayer, Router, SoftMoELayer, build_router, deepseek_moe
 
 
@@ -19,7 +21,7 @@ class Sizes:
     Attributes:
         vocab_size: Number of token ids.
         length: Tokens per sequence.
-        frequencies: How often each token id is read, for hash tables.
+        frequencies: How often each token id is read, for hash tables and for the bias of the head.
         causal: Whether a position sees only those before it.
         dim: D.
         layers: Blocks; the second, fourth, ... have the mixtures.
@@ -33,7 +35,7 @@ class Sizes:
     frequencies: Sequence[float] = field(repr=False)
     causal: bool
     dim: int = 128
-    layers: int = 6
+    layers: int = 4
     heads: int = 4
     active: int = 256
     total: int = 1024
@@ -62,12 +64,32 @@ class Attention(nn.Module):
         return out
 
 
+class Neighbours(nn.Module):
+    """A weighted sum of each token and two near ones: the one on either side, or the two before it.
+
+    Without it a masked model of this size does not leave the unigram plateau within the steps of the study.
+    """
+
+    def __init__(self, dim: int, causal: bool) -> None:
+        """Build the weights, one for each channel and place."""
+        super().__init__()
+        self.padding = (0, 0, 2, 0) if causal else (0, 0, 1, 1)
+        self.weight = nn.Parameter(torch.full((3, dim), 0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, L, D)` to the same shape."""
+        padded, length = nn.functional.pad(x, self.padding), x.shape[1]
+        return sum((self.weight[place] * padded[:, place : place + length] for place in range(3)), torch.zeros(()))
+
+
 class Block(nn.Module):
-    """Attention, then a feed-forward network or a mixture, each with a norm before it and a residual."""
+    """Neighbours, attention, then a feed-forward network or a mixture, each with a norm before it and a residual."""
 
     def __init__(self, sizes: Sizes, feed_forward: nn.Module) -> None:
         """Put the parts together."""
         super().__init__()
+        self.neighbours_norm = nn.RMSNorm(sizes.dim)
+        self.neighbours = Neighbours(sizes.dim, sizes.causal)
         self.attention_norm = nn.RMSNorm(sizes.dim)
         self.attention = Attention(sizes.dim, sizes.heads, sizes.causal)
         self.norm = nn.RMSNorm(sizes.dim)
@@ -75,6 +97,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Map `(B, L, D)` to the same shape, and hand the routers' state on."""
+        x = x + self.neighbours(self.neighbours_norm(x))
         x = x + self.attention(self.attention_norm(x))
         units = self.norm(x)
         if isinstance(self.feed_forward, MoELayer):
@@ -84,7 +107,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embeddings, blocks, and a head that shares the embeddings."""
+    """Embeddings, blocks, and a head that starts at the frequencies of the tokens."""
 
     def __init__(self, sizes: Sizes, design: Design) -> None:
         """Build the model.
@@ -105,6 +128,11 @@ class LanguageModel(nn.Module):
         self.scale = sizes.dim**0.5
         nn.init.normal_(self.tokens.weight, std=1 / self.scale)
         nn.init.normal_(self.positions.weight, std=0.02)
+        self.head = nn.Linear(sizes.dim, sizes.vocab_size)
+        nn.init.normal_(self.head.weight, std=0.5 / self.scale)
+        counts = torch.tensor(sizes.frequencies)
+        counts[MASK] = 0
+        self.head.bias.data = ((counts + 1) / (counts + 1).sum()).log()
 
     def forward(self, ids: Tensor, scored: Tensor) -> Tensor:
         """Logits at the scored positions.
@@ -120,7 +148,8 @@ class LanguageModel(nn.Module):
         state = None
         for block in self.blocks:
             x, state = block(x, ids, state)
-        return nn.functional.linear(self.norm(x[scored]), self.tokens.weight)
+        logits: Tensor = self.head(self.norm(x[scored]))
+        return logits
 
 
 def dense(width: str) -> Design:

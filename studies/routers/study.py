@@ -28,6 +28,8 @@ from zoo.callbacks import GateTemperature
 from zoo.errors import UnknownNameError
 from zoo.moe import (
     DenseToSparseRouter,
+    MoELayer,
+    NullExpertRouter,
     StableMoERouter,
     collect_aux_losses,
     consistency_step,
@@ -52,15 +54,15 @@ class Budget:
     """What every run of one kind of data gets."""
 
     sizes: dict[str, int]
-    length: int = 128
-    batch_size: int = 32
-    vocab_size: int = 4096
+    length: int = 64
+    batch_size: int = 16
+    vocab_size: int = 1024
     max_val: int = 512
-    lr: float = 2e-3
+    lr: float = 4e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
     max_norm: float = 1.0
-    steps: int = 500
+    steps: int = 600
 
 
 BUDGETS = {
@@ -152,7 +154,7 @@ class Trainer:
         return loss.detach(), loss + collect_aux_losses(self.model).total
 
     def follow_schedules(self, step: int) -> None:
-        """Cool gates that go from dense to sparse, and freeze distilled ones."""
+        """Cool gates that go from dense to sparse, freeze distilled ones, give trained ones null experts."""
         if self.method.cooling:
             ramp, sparse = (max(1, round(share * self.steps)) for share in self.method.cooling)
             temperature = GateTemperature(steps=ramp, sparse_after=sparse).temperature(step)
@@ -163,6 +165,20 @@ class Trainer:
             for router in self.model.modules():
                 if isinstance(router, StableMoERouter):
                     router.freeze()
+        if self.method.retrofit is not None and step == round(self.method.retrofit * self.steps):
+            self.add_null_experts()
+
+    def add_null_experts(self) -> None:
+        """Let every trained top-2 choose four of its experts and twice as many null ones (AdaMoE)."""
+        for layer in self.model.modules():
+            if isinstance(layer, MoELayer):
+                old = layer.router
+                number, width = old.weight.shape
+                new = NullExpertRouter(width, number, top_k=4, num_null=2 * number)
+                with torch.no_grad():
+                    new.weight[:number] = old.weight
+                layer.router = new
+        self.optimizer.param_groups[0]["params"] = list(self.model.parameters())
 
 
 def chosen_methods(names: Sequence[str] | None, objective: Objective) -> list[str]:

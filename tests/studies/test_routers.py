@@ -10,6 +10,7 @@ import torch
 from studies.routers import data, measure, study
 from studies.routers.methods import METHODS
 from zoo.errors import DataNotFoundError
+from zoo.moe import NullExpertRouter, routed_modules
 
 NUMBERS = {
     *measure.ROUTING_KEYS,
@@ -184,7 +185,7 @@ def test_specialisation():
     assert measure.specialisation(apart, domain[[0, 2, 1, 3]], 2) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("micro_batch", "window", "opened"), [(4, 16, 4), (4, 32, 2), (4, 128, 1), (0, 0, 0)])
+@pytest.mark.parametrize(("micro_batch", "window", "opened"), [(4, 8, 4), (4, 16, 2), (4, 128, 1), (0, 0, 0)])
 def test_windows_open_as_often_as_they_should(monkeypatch, micro_batch, window, opened):
     calls = []
     monkeypatch.setattr(study, "open_count_windows", calls.append)
@@ -199,3 +200,19 @@ def test_importing_needs_no_tokenizers():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & {"tokenizers", "transformers"}, path
+
+
+def test_retrofit_keeps_the_trained_columns_and_trains_on():
+    trainer = study.Trainer(METHODS["retrofit-null"], 0, corpus_of(16), study.BUDGETS["generated"], 10, "masked")
+    before = {}
+    for step in range(10):
+        if step == 6:
+            before = {name: layer.router.weight.clone() for name, layer in routed_modules(trainer.model).items()}
+        trainer.follow_schedules(step)
+    layers = routed_modules(trainer.model)
+    assert layers and all(isinstance(layer.router, NullExpertRouter) for layer in layers.values())
+    for name, layer in layers.items():
+        assert torch.equal(layer.router.weight[: len(before[name])], before[name])
+        assert any(layer.router.weight is parameter for parameter in trainer.optimizer.param_groups[0]["params"])
+    row = study.Trainer(METHODS["retrofit-null"], 0, corpus_of(16), study.BUDGETS["generated"], 10, "masked").run()
+    assert 0 < row["active_experts"] < 4
