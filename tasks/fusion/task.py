@@ -1,0 +1,293 @@
+"""Lightning task of image fusion."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.fusion.attention import box_attention
+from tasks.fusion.baselines import BASELINES
+from tasks.fusion.data import FusionDataModule, Pairs
+from tasks.fusion.evaluate import (
+    OURS,
+    RANDOM,
+    TWIN,
+    Example,
+    Row,
+    gate_correlations,
+    means,
+    paired_differences,
+    plot_contact_sheet,
+    plot_gates,
+    ranks,
+    score_pair,
+    with_random_gates,
+)
+from tasks.fusion.images import recolour, write_image
+from tasks.fusion.losses import LOSSES, pixel_loss, range_loss
+from tasks.fusion.metrics import NINE_METRICS
+from tasks.fusion.model import Fusion, MoEFusion
+from zoo import hub
+from zoo.errors import UnknownNameError
+from zoo.report import print_table, write_metrics, write_predictions
+from zoo.task import MoETask, StepOutput
+
+# Chosen on the validation part of RoadScene's training pairs.
+WEIGHTS = {"gradient": 10.0, "similarity": 1.0, "difference": 0.5, "pixel": 0.0, "range": 10.0}
+SHOWN = 8
+
+
+class FusionTask(MoETask):
+    """Train MoE-Fusion, score it beside its baselines and its twin, or fuse a user's own pairs."""
+
+    model: MoEFusion
+    monitor = "val_loss"
+    monitor_mode = "min"
+
+    def __init__(
+        self,
+        network: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        twin: str | None = None,
+        losses: dict[str, float] | None = None,
+        lr: float = 3e-3,
+        weight_decay: float = 1e-4,
+        warmup: float = 0.05,
+    ) -> None:
+        """Build the network and its losses.
+
+        Args:
+            network: Arguments of `tasks.fusion.model.MoEFusion` that differ from its defaults.
+            pretrained: Name of a zoo checkpoint, or a folder written by `zoo.save`, in place of a new network.
+            twin: The same of the network without mixtures that `test` compares with; None compares with none.
+            losses: Weights of the losses that differ from `WEIGHTS`.
+            lr: Peak learning rate of AdamW.
+            weight_decay: Its weight decay.
+            warmup: Share of all steps in which the rate rises.
+
+        Raises:
+            UnknownNameError: There is no such loss.
+            ValueError: Both a new network and a checkpoint are asked for.
+        """
+        for name in losses or {}:
+            if name not in WEIGHTS:
+                raise UnknownNameError("loss", name, WEIGHTS)
+        if network and pretrained:
+            raise ValueError(f"network={network}: {pretrained} brings its own; leave one of them out.")
+        self.network = network or {}
+        self.pretrained = pretrained
+        self.weights = {**WEIGHTS, **(losses or {})}
+        self.scores: list[dict[str, dict[str, float]]] = []
+        self.facts: list[Row] = []
+        self.examples: dict[int, Example] = {}
+        super().__init__(lr, weight_decay, warmup)
+        # A tuple hides them from Lightning: they are not trained and not saved.
+        self.rivals = ({TWIN: load_fusion(twin)} if twin else {},)
+
+    def configure_models(self) -> None:
+        """Load the checkpoint, or build a new network."""
+        if self.pretrained:
+            self.model = load_fusion(self.pretrained).train()
+        else:
+            self.model = MoEFusion(**self.network)
+
+    def fuse(self, batch: Pairs) -> Fusion:
+        """Fuse a batch, with attention on its boxes if the network was built for boxes.
+
+        Raises:
+            ValueError: It was, and the batch has none.
+        """
+        if self.model.attention != "boxes":
+            return self.model.fuse(batch.infrared, batch.visible)
+        if batch.boxes is None:
+            raise ValueError(f"attention='boxes', but {', '.join(batch.names)} has none: use attention='saliency'.")
+        height, width = batch.visible.shape[-2:]
+        attention = box_attention(batch.boxes, (height, width)).to(batch.visible)
+        return self.model.fuse(batch.infrared, batch.visible, attention)
+
+    def step(self, batch: Pairs) -> StepOutput:
+        """Fuse a batch and compare with both bands."""
+        fusion = self.fuse(batch)
+        bands = (batch.infrared, batch.visible)
+        values = {name: loss(fusion.fused, *bands) for name, loss in LOSSES.items()}
+        values["pixel"] = pixel_loss(fusion.fused, *bands, fusion.attention)
+        values["range"] = range_loss(fusion.fused)
+        prefix = "train" if self.training else "val"
+        self.log_dict({f"{prefix}_{name}": value.detach() for name, value in values.items()}, batch_size=len(bands[0]))
+        loss = sum((self.weights[name] * value for name, value in values.items()), torch.zeros(()))
+        return StepOutput(loss, fusion.fused, torch.cat(bands, 1))
+
+    def on_fit_end(self) -> None:
+        """Save the network as a checkpoint in the run folder."""
+        folder = Path(self.trainer.default_root_dir) / "checkpoint"
+        data: FusionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        pair: Pairs = data.require("val_set")[0]
+        card = fusion_card(self.model, data, self.trainer.global_step)
+        with torch.no_grad():
+            attention = self.fuse(pair).attention
+        golden = [image[..., :96, :128] for image in (pair.infrared, pair.visible, attention)]
+        config = (hub.assets() / "configs/fusion/roadscene.yaml").read_text()
+        hub.save(self.model.cpu().eval(), folder, card=card, golden_input=golden, config=config)
+        print(f"Checkpoint: {folder}")
+
+    def on_test_start(self) -> None:
+        """Begin new results."""
+        self.scores, self.facts, self.examples, self.prediction_rows = [], [], {}, []
+        if self.model.mixture:
+            self.rivals[0][RANDOM] = with_random_gates(self.model)
+
+    def test_step(self, batch: Pairs, batch_idx: int) -> None:
+        """Score a pair: the network, its rivals, and the baselines."""
+        fusion = self.fuse(batch)
+        fused = {OURS: fusion.fused}
+        for name, rival in self.rivals[0].items():
+            fused[name] = rival.fuse(batch.infrared, batch.visible, fusion.attention).fused
+        self.scores.append(score_pair(batch.infrared, batch.visible, fused))
+        shares = shares_of(fusion)
+        self.facts.append({"night": bool(batch.night[0]), "brightness": float(batch.visible.mean()), "shares": shares})
+        row = {"id": batch.names[0], "night": bool(batch.night[0]), **self.scores[-1][OURS]}
+        self.prediction_rows.append({**row, **{f"experts_{name}": weights for name, weights in shares.items()}})
+        every = max(1, self.trainer.num_test_batches[0] // SHOWN)  # type: ignore[arg-type]
+        if batch_idx % every == 0 and len(self.examples) < SHOWN:
+            self.examples[batch_idx] = example(batch, fusion)
+
+    def report(self, folder: Path) -> dict[str, float]:
+        """Print the tables; write `metrics.json`, `predictions.parquet`, `pairs.png` and `gates.png`."""
+        night = np.array([fact["night"] for fact in self.facts])
+        parts = {"all": slice(None), "day": ~night, "night": night}
+        metrics: dict[str, float] = {}
+        for part, chosen in parts.items():
+            scores = [self.scores[place] for place in np.arange(len(night))[chosen]]
+            if not scores:
+                continue
+            table = means(scores)
+            places = ranks(table)
+            lines = [{"method": name, **{key: row[key] for key in NINE_METRICS}} for name, row in table.items()]
+            for line in lines:
+                line["mean_rank"] = places.get(line["method"])
+            print_table(f"Fusion, {part}: {len(scores)} pairs (places among the five baselines, 1 is best)", lines)
+            metrics |= flat_metrics(table, places, "" if part == "all" else f"{part}/")
+        if TWIN in self.rivals[0] and len(self.scores) > 1:
+            differences = paired_differences(self.scores, OURS, TWIN)
+            print_table("Ours minus the twin without mixtures, 95 % interval over pairs", differences)
+            for row in differences:
+                metrics |= {f"minus_twin/{row['metric']}{end}": row[key] for end, key in DIFFERENCE_KEYS.items()}
+        metrics |= self.report_gates(folder, night)
+        print(f"Pictures: {plot_contact_sheet(list(self.examples.values()), folder / 'pairs.png')}")
+        write_metrics(folder, metrics)
+        write_predictions(folder, self.prediction_rows)
+        return metrics
+
+    def report_gates(self, folder: Path, night: Any) -> dict[str, float]:
+        """Print and draw whether the gates follow the light; nothing for a twin."""
+        if not self.model.mixture:
+            return {}
+        brightness = np.array([fact["brightness"] for fact in self.facts])
+        shares = {name: np.array([fact["shares"][name] for fact in self.facts]) for name in self.facts[0]["shares"]}
+        rows = gate_correlations(shares, brightness)
+        print_table("Do the gates follow the light? Rank correlation with the visible image's brightness", rows)
+        print(f"Gates: {plot_gates(shares, brightness, night, rows, folder / 'gates.png')}")
+        return {f"gate_rho/{row['mixture']}": row["rho"] for row in rows}
+
+    def on_predict_start(self) -> None:
+        """Refuse to write among the sources.
+
+        Raises:
+            ValueError: The run folder is a folder of sources.
+        """
+        self.prediction_rows = []
+        out = Path(self.trainer.default_root_dir).resolve()
+        data: FusionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if out in [folder.resolve() for folder in data.source_folders()]:
+            raise ValueError(f"--out {out} holds the sources: name another folder, so that none is overwritten.")
+
+    def predict_step(self, batch: Pairs, batch_idx: int) -> list[Mapping[str, Any]]:
+        """Fuse pairs, give them back their colours, and write each under its own name; what is there is kept."""
+        done = len(self.prediction_rows)
+        folder = Path(self.trainer.default_root_dir)
+        for place, name in enumerate(batch.names):
+            target = folder / f"{name}.png"
+            shares: dict[str, list[float]] = {}
+            if not target.exists():
+                fusion = self.fuse(batch)
+                coloured = bool(batch.chroma[place].any())
+                luminance = fusion.fused[place].clamp(0, 1)
+                write_image(recolour(luminance, batch.chroma[place]) if coloured else luminance, target)
+                shares = shares_of(fusion, place)
+            row = {"id": name, "file": str(target), "new": bool(shares) or not self.model.mixture}
+            self.prediction_rows.append({**row, **{f"experts_{key}": value for key, value in shares.items()}})
+        return self.prediction_rows[done:]
+
+
+DIFFERENCE_KEYS = {"": "difference", "/low": "low", "/high": "high"}
+
+
+def load_fusion(name_or_folder: str) -> MoEFusion:
+    """Load a checkpoint of this application.
+
+    Raises:
+        ValueError: It holds another kind of model.
+    """
+    model = hub.load(name_or_folder)
+    if not isinstance(model, MoEFusion):
+        raise ValueError(
+            f"{name_or_folder} holds a {type(model).__name__}; fusion needs a MoEFusion, "
+            "e.g. fusion/moe-fusion-roadscene."
+        )
+    return model
+
+
+def shares_of(fusion: Fusion, place: int = 0) -> dict[str, list[float]]:
+    """Weight of each expert by mixture for one pair of a batch."""
+    return {name: routing.dense_weight()[place].tolist() for name, routing in fusion.routing.items()}
+
+
+def flat_metrics(
+    table: Mapping[str, Mapping[str, float]], places: Mapping[str, float], prefix: str
+) -> dict[str, float]:
+    """Metrics by `[part/][method/]name`; ours have no method in their names."""
+    metrics = {}
+    for method, row in table.items():
+        start = prefix if method == OURS else f"{prefix}{method.replace(' ', '_')}/"
+        metrics |= {f"{start}{name}": value for name, value in row.items()}
+        if method not in BASELINES:
+            metrics[f"{start}mean_rank"] = places[method]
+    return metrics
+
+
+def example(batch: Pairs, fusion: Fusion) -> Example:
+    """The first pair of a batch as a row of the contact sheet."""
+    chroma = batch.chroma[0]
+    images = {
+        "infrared": batch.infrared[0, 0],
+        "visible": recolour(batch.visible[0], chroma).permute(1, 2, 0),
+        "attention": fusion.attention[0, 0],
+        "fused": recolour(fusion.fused[0].clamp(0, 1), chroma).permute(1, 2, 0),
+        "fused luminance": fusion.fused[0, 0].clamp(0, 1),
+    }
+    words = f"{batch.names[0]} ({'night' if batch.night[0] else 'day'})"
+    return Example(words, {name: to_array(image) for name, image in images.items()}, shares_of(fusion))
+
+
+def to_array(image: Tensor) -> Any:
+    """A tensor as what matplotlib draws."""
+    return image.detach().cpu().numpy()
+
+
+def fusion_card(model: MoEFusion, data: FusionDataModule, steps: int) -> hub.Card:
+    """What a trained network says about itself."""
+    kind = "MoE-Fusion" if model.mixture else "The twin of MoE-Fusion, without mixtures,"
+    return hub.Card(
+        title=f"{kind} for infrared and visible images",
+        task="infrared and visible image fusion",
+        description=(
+            "Fuses the luminance of a registered pair of any size; colours come back with tasks.fusion.images.recolour."
+        ),
+        data=f"{data.describe()}; {steps} steps of {data.batch_size} windows of {data.crop} x {data.crop}.",
+        data_terms="its trainer's to say",
+        weights_licence="its trainer's to say",
+        preprocessing={"infrared": "1 x H x W, 0..1", "visible": "1 x H x W BT.601 luminance, 0..1"},
+    )
