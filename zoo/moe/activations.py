@@ -40,13 +40,14 @@ def activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
-def activate_backward(grad: Tensor, hidden: Tensor, activation: str, gated: bool) -> Tensor:
-    """Gradient of `hidden` from the gradient of `activate(hidden, activation, gated)`."""
+def activate_backward(grad: Tensor, hidden: Tensor, activation: str, gated: bool) -> tuple[Tensor, Tensor]:
+    """`activate(hidden, activation, gated)` once more, and the gradient of `hidden` from that of the result."""
     if not gated:
-        return GRADIENTS[activation](grad, hidden)
+        return ACTIVATIONS[activation](hidden), GRADIENTS[activation](grad, hidden)
     gate, up = hidden.chunk(2, dim=-1)
-    out = torch.empty_like(hidden)
-    grad_gate, grad_up = out.chunk(2, dim=-1)
+    activated = ACTIVATIONS[activation](gate)
+    grad_hidden = torch.empty_like(hidden)
+    grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
     grad_gate.copy_(GRADIENTS[activation](grad * up, gate))
-    torch.mul(grad, ACTIVATIONS[activation](gate), out=grad_up)
-    return out
+    torch.mul(grad, activated, out=grad_up)
+    return activated * up, grad_hidden

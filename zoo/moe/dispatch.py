@@ -24,7 +24,7 @@ class LocalDispatcher:
             `(T, K, *out)`, zero in empty slots.
         """
         slot, sizes = sort_slots(index, experts.num_experts)
-        rows = experts([stream[slot // index.shape[1]] for stream in streams], sizes)
+        rows = experts([stream.index_select(0, slot // index.shape[1]) for stream in streams], sizes)
         out = rows.new_zeros(index.numel(), *rows.shape[1:])
         slots: Tensor = out.index_copy(0, slot, rows).unflatten(0, index.shape)
         return slots
@@ -43,12 +43,11 @@ class LocalDispatcher:
         """
         slot, sizes = sort_slots(index, experts.num_experts)
         unit = slot // index.shape[1]
-        weight = weight.reshape(-1)[slot]
         fused = experts.fused_sum(streams, weight, Plan(unit, slot, sizes, (index.shape[0], index.shape[1])))
         if fused is not None:
             return fused
-        rows = experts([stream[unit] for stream in streams], sizes)
-        scale = weight.to(rows.dtype).view(-1, *[1] * (rows.ndim - 1))
+        rows = experts([stream.index_select(0, unit) for stream in streams], sizes)
+        scale = weight.flatten()[slot].to(rows.dtype).view(-1, *[1] * (rows.ndim - 1))
         out: Tensor = rows.new_zeros(index.shape[0], *rows.shape[1:]).index_add(0, unit, rows * scale)
         return out
 
@@ -65,7 +64,15 @@ def sort_slots(index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
     """
     flat = index.reshape(-1)
     sizes: list[int] = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].tolist()
-    return flat.argsort(stable=True)[: sum(sizes)], sizes
+    return stable_order(flat, num_experts)[: sum(sizes)], sizes
+
+
+def stable_order(index: Tensor, num_experts: int) -> Tensor:
+    """The positions `(N,)` that sort integers `(N,)` in `0..num_experts`, equal ones in their order."""
+    if index.device.type != "cpu" or num_experts >= 2**15:
+        return index.argsort(stable=True)
+    # Small integers are what numpy sorts by radix, ten times as fast.
+    return torch.from_numpy(index.to(torch.int16).numpy().argsort(kind="stable"))
 
 
 def gather_slots(all_outputs: Tensor, index: Tensor) -> Tensor:

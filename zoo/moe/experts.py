@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoo.errors import UnknownNameError
 from zoo.moe.activations import ACTIVATIONS, activate
 from zoo.moe.routers.base import require
-from zoo.moe.sorted_mm import PaddedFeedForward, Plan, SortedFeedForward
+from zoo.moe.sorted_mm import Plan, Recycled, SortedFeedForward
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class GroupedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, self.out_dim, hidden_dim))
         self.up_bias = nn.Parameter(torch.empty(num_experts, width)) if bias else None
         self.down_bias = nn.Parameter(torch.empty(num_experts, self.out_dim)) if bias else None
+        self.gradient_memory = (Recycled(), Recycled())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -113,7 +114,7 @@ class GroupedExperts(nn.Module):
 
         Args:
             streams: One tensor `(T, D)`, not sorted.
-            weight: `(N,)` of the sorted slots.
+            weight: `(T, K)`.
             plan: Of the slots.
         """
         (x,) = streams
@@ -271,16 +272,17 @@ def sorted_sum(experts: GroupedExperts, x: Tensor, weight: Tensor, plan: Plan) -
     ]
     operands = [x.to(dtype), weight.to(dtype), *parameters]
     keep = torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
-    function = PaddedFeedForward if plan.pads_well else SortedFeedForward
     with torch.autocast(device, enabled=False):
-        out: Tensor = function.apply(*operands, plan, experts.activation, experts.gated, keep)
+        out: Tensor = SortedFeedForward.apply(
+            *operands, plan, experts.activation, experts.gated, keep, experts.gradient_memory
+        )
     return out
 
 
 def run_sorted_mm(experts: GroupedExperts, x: Tensor, sizes: list[int]) -> Tensor:
     """`sorted_mm` without anything to add up: every row is its own unit, with weight 1."""
     row = torch.arange(len(x), device=x.device)
-    return sorted_sum(experts, x, x.new_ones(len(x)), Plan(row, row, sizes, (len(x), 1)))
+    return sorted_sum(experts, x, x.new_ones(len(x), 1), Plan(row, row, sizes, (len(x), 1)))
 
 
 BACKENDS: dict[str, Backend] = {

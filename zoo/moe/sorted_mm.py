@@ -1,25 +1,48 @@
 """The backend `sorted_mm`: gather, compute, weigh and add up in one autograd function with a backward of its own.
 
 Plain autograd keeps every slot's output for the gradient of its weight and writes each intermediate result to fresh
-memory. Here the weight scales the hidden units instead, so that no slot output outlives the forward; products are
-written in place; and an expert's rows stay in the cache from the first product to the last.
+memory. Here that gradient comes from the hidden units, so that no slot output outlives the forward; products are
+written in place, those of the parameters' gradients into memory of the step before; and an expert's rows stay in the
+cache from the first product to the last.
 """
 
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from zoo.moe.activations import activate, activate_backward
 
-# Up to this many rows per expert one batched product beats a product per expert; measured by benchmarks/moe_layer.py.
-FEW_ROWS = 160
+# Two experts share a batched product if the smaller one has at least this share of the larger one's rows.
+MIN_SHARE = 0.75
 # So many rows cost less than reading the weights: padding is free.
 TINY_ROWS = 16
-# Most rows that padding may add up to, over the rows there are.
-MAX_PADDING = 2.0
+
+memory_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Experts of nearly the same load, run by one batched product on rows padded to the longest.
+
+    Attributes:
+        experts: A slice of the stacked parameters.
+        sizes: Rows of each expert.
+        rows: Where they lie among all padded rows.
+    """
+
+    experts: slice
+    sizes: list[int]
+    rows: slice
+
+    def split(self, values: Tensor) -> Tensor:
+        """Rows `(n * longest, D)` as `(n, longest, D)`."""
+        return values.view(len(self.sizes), -1, values.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,124 +61,89 @@ class Plan:
     sizes: list[int]
     shape: tuple[int, int]
 
-    def parts(self) -> list[tuple[int, slice]]:
-        """The experts that have slots, and where these lie."""
+    def chunks(self) -> list[Chunk]:
+        """The experts that have slots, in pairs where their loads are alike; all together where their rows are few.
+
+        Two experts side by side keep two cores busier than one after the other, and any two lie at a stride in the
+        stacked parameters, so that nothing is copied.
+        """
+        sizes, longest = self.sizes, max(self.sizes, default=0)
+        if 0 < longest <= TINY_ROWS and 4 * sizes.count(0) <= len(sizes):
+            return [Chunk(slice(0, len(sizes), 1), sizes, slice(0, len(sizes) * longest))]
+        by_size = sorted((expert for expert, size in enumerate(sizes) if size), key=sizes.__getitem__)
         found, start = [], 0
-        for expert, size in enumerate(self.sizes):
-            if size:
-                found.append((expert, slice(start, start + size)))
-            start += size
+        while by_size:
+            pair = [by_size.pop()]
+            longest = sizes[pair[0]]
+            if by_size and sizes[by_size[-1]] >= min(MIN_SHARE * longest, longest - TINY_ROWS):
+                pair = sorted([*pair, by_size.pop()])
+            end = start + len(pair) * longest
+            experts = slice(pair[0], pair[-1] + 1, max(pair[-1] - pair[0], 1))
+            found.append(Chunk(experts, [sizes[expert] for expert in pair], slice(start, end)))
+            start = end
         return found
 
-    @property
-    def pads_well(self) -> bool:
-        """Whether one batched product is worth its padding: few rows for each of nearly all experts."""
-        longest, busy = max(self.sizes, default=0), sum(size > 0 for size in self.sizes)
-        few = longest <= FEW_ROWS and len(self.sizes) * longest <= MAX_PADDING * len(self.unit)
-        return 4 * busy >= 3 * len(self.sizes) and (few or 0 < longest <= TINY_ROWS)
+    def places(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Where each sorted slot lies, `(N,)`, among the padded rows of all chunks."""
+        shifts = [-start for start in accumulate(self.sizes[:-1], initial=0)]
+        for chunk in chunks:
+            experts = range(len(shifts))[chunk.experts]
+            for expert, start in zip(experts, range(chunk.rows.start, chunk.rows.stop, max(chunk.sizes)), strict=True):
+                shifts[expert] += start
+        shift, sizes = torch.tensor([shifts, self.sizes], device=self.unit.device).unbind()
+        return torch.arange(len(self.unit), device=sizes.device) + shift.repeat_interleave(sizes)
 
-    def padded_places(self) -> Tensor:
-        """Where each sorted slot lies, `(N,)`, once every expert's rows are padded to the longest."""
-        sizes = torch.tensor(self.sizes, device=self.unit.device)
-        gaps = torch.arange(len(sizes), device=sizes.device) * max(self.sizes) - (sizes.cumsum(0) - sizes)
-        return torch.arange(len(self.unit), device=sizes.device) + gaps.repeat_interleave(sizes)
+    def add_up(self, rows: Tensor, place: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Add rows, times their weights `(N,)`, up to units `(T, D)`.
 
-    def add_up(self, rows: Tensor) -> Tensor:
-        """Add sorted rows `(N, D)` up to units `(T, D)`."""
+        Args:
+            rows: `(P, D)`.
+            place: `(N,)` where among them each sorted slot lies.
+            weight: Of the sorted slots; 1 if left out.
+        """
         units, slots = self.shape
-        if rows.shape[0] < units * slots:
-            return rows.new_zeros(units, rows.shape[1]).index_add_(0, self.unit, rows)
-        # Every slot is filled: one gather puts them into order, which is faster than adding by index.
-        inverse = torch.empty_like(self.slot)
-        inverse[self.slot] = torch.arange(len(self.slot), device=self.slot.device)
-        ordered = rows.index_select(0, inverse)
-        return ordered if slots == 1 else ordered.view(units, slots, rows.shape[1]).sum(1)
+        if len(place) < units * slots or not units:
+            filled = rows.index_select(0, place)
+            filled = filled if weight is None else filled * weight[:, None]
+            return rows.new_zeros(units, rows.shape[1]).index_add_(0, self.unit, filled)
+        # Every slot is filled: reading the rows in the order of the units is faster than adding by index.
+        inverse = torch.empty_like(place).scatter_(0, self.slot, place).view(units, slots)
+        ordered = None if weight is None else torch.empty_like(weight).scatter_(0, self.slot, weight).view(units, slots)
+        return nn.functional.embedding_bag(inverse, rows, mode="sum", per_sample_weights=ordered)
+
+
+class Recycled:
+    """CPU memory for one large tensor at a time, used again once nobody holds the last tensor that lay in it.
+
+    The system clears every page of fresh memory when it is first touched, which takes longer than the product that
+    fills a gradient of a hundred megabytes. Other devices have allocators that recycle by themselves.
+    """
+
+    def __init__(self) -> None:
+        """Start without memory."""
+        self.storage: torch.UntypedStorage | None = None
+
+    def empty_like(self, like: Tensor) -> Tensor:
+        """An uninitialised tensor of the shape and dtype of `like`."""
+        if like.device.type != "cpu" or not like.is_contiguous():
+            return torch.empty_like(like)
+        with memory_lock:
+            if self.storage is None or self.storage.nbytes() != like.nbytes or is_held(self.storage):
+                self.storage = torch.UntypedStorage(like.nbytes)
+            return like.new_empty(0).set_(self.storage, 0, like.shape, like.stride())
+
+    def __reduce__(self) -> tuple[type["Recycled"], tuple[()]]:
+        """Copies and pickles start without memory."""
+        return type(self), ()
+
+
+def is_held(storage: torch.UntypedStorage) -> bool:
+    """Whether any tensor, here or in another process, lies in memory that the caller holds too."""
+    return storage.is_shared() or torch._C._storage_Use_Count(storage._cdata) > 1
 
 
 class SortedFeedForward(torch.autograd.Function):
-    """Weighted sum over experts of `down(act(gate) * up)`, or of `down(act(up))`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        up: Tensor,
-        down: Tensor,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        plan: Plan,
-        activation: str,
-        gated: bool,
-        keep: bool,
-    ) -> Tensor:
-        """Compute `(T, out)`.
-
-        Args:
-            ctx: autograd's context.
-            x: `(T, D)`.
-            weight: `(N,)` of the sorted slots.
-            up: `(E, W, D)`, W = 2H where gated.
-            down: `(E, out, H)`.
-            up_bias: `(E, W)` or None.
-            down_bias: `(E, out)` or None.
-            plan: Of the slots.
-            activation: Name of the nonlinearity.
-            gated: Whether the first half of W gates the second.
-            keep: Whether a backward will follow.
-        """
-        rows = x.index_select(0, plan.unit)
-        scale = weight[:, None]
-        # Without a backward one expert's hidden units are written over the last one's.
-        kept = len(rows) if keep else max(plan.sizes, default=0)
-        hidden = x.new_empty(kept, up.shape[1])
-        out = x.new_empty(len(rows), down.shape[1])
-        for expert, part in plan.parts():
-            before = hidden[part] if keep else hidden[: part.stop - part.start]
-            multiply(rows[part], up[expert].t(), None if up_bias is None else up_bias[expert], before)
-            torch.mm(activate(before, activation, gated) * scale[part], down[expert].t(), out=out[part])
-            if down_bias is not None:
-                out[part].addcmul_(scale[part], down_bias[expert])
-        if keep:
-            ctx.save_for_backward(rows, weight, hidden, up, down, up_bias, down_bias)
-            ctx.plan, ctx.activation, ctx.gated = plan, activation, gated
-        return plan.add_up(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight and the four parameters."""
-        rows, weight, hidden, up, down, up_bias, down_bias = ctx.saved_tensors
-        grads = grad_out.index_select(0, ctx.plan.unit)
-        scale = weight[:, None]
-        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight)
-        grad_up, grad_down = (empty_gradient(parameter, ctx.plan.sizes) for parameter in (up, down))
-        grad_up_bias, grad_down_bias = (
-            None if parameter is None else empty_gradient(parameter, ctx.plan.sizes)
-            for parameter in (up_bias, down_bias)
-        )
-        for expert, part in ctx.plan.parts():
-            grad, before = grads[part], hidden[part]
-            inner = activate(before, ctx.activation, ctx.gated)
-            grad_inner = grad @ down[expert]
-            torch.linalg.vecdot(grad_inner, inner, out=grad_weight[part])
-            torch.mm(grad.t(), inner * scale[part], out=grad_down[expert])
-            if grad_down_bias is not None:
-                grad_weight[part] += grad @ down_bias[expert]
-                torch.mv(grad.t(), weight[part], out=grad_down_bias[expert])
-            grad_before = activate_backward(grad_inner.mul_(scale[part]), before, ctx.activation, ctx.gated)
-            torch.mm(grad_before.t(), rows[part], out=grad_up[expert])
-            if grad_up_bias is not None:
-                torch.sum(grad_before, 0, out=grad_up_bias[expert])
-            if grad_rows is not None:
-                torch.mm(grad_before, up[expert], out=grad_rows[part])
-        grad_x = None if grad_rows is None else ctx.plan.add_up(grad_rows)
-        return grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias, None, None, None, None
-
-
-class PaddedFeedForward(torch.autograd.Function):
-    """The same as `SortedFeedForward`, all experts in one batched product, each expert's rows padded to the longest.
+    """Weighted sum over experts of `down(act(gate) * up)`, or of `down(act(up))`.
 
     Padding rows have weight 0, so they add nothing to any output or gradient.
     """
@@ -173,63 +161,100 @@ class PaddedFeedForward(torch.autograd.Function):
         activation: str,
         gated: bool,
         keep: bool,
+        memory: tuple[Recycled, Recycled],
     ) -> Tensor:
-        """Compute `(T, out)`; the arguments are those of `SortedFeedForward`."""
-        place = plan.padded_places()
-        experts, longest = len(plan.sizes), max(plan.sizes)
-        unit = plan.unit.new_zeros(experts * longest)
-        unit[place] = plan.unit
-        scale = weight.new_zeros(experts * longest)
-        scale[place] = weight
-        rows = x.index_select(0, unit).view(experts, longest, -1)
-        scale = scale.view(experts, longest, 1)
-        hidden = torch.bmm(rows, up.transpose(1, 2))
-        if up_bias is not None:
-            hidden += up_bias[:, None]
-        out = torch.bmm(activate(hidden, activation, gated) * scale, down.transpose(1, 2))
-        if down_bias is not None:
-            out.addcmul_(scale, down_bias[:, None])
+        """Compute `(T, out)`.
+
+        Args:
+            ctx: autograd's context.
+            x: `(T, D)`.
+            weight: `(T, K)`.
+            up: `(E, W, D)`, W = 2H where gated.
+            down: `(E, out, H)`.
+            up_bias: `(E, W)` or None.
+            down_bias: `(E, out)` or None.
+            plan: Of the slots.
+            activation: Name of the nonlinearity.
+            gated: Whether the first half of W gates the second.
+            keep: Whether a backward will follow.
+            memory: For the gradients of up and down.
+        """
+        chunks = plan.chunks()
+        place = plan.places(chunks)
+        total = chunks[-1].rows.stop if chunks else 0
+        # Padding repeats a unit that is routed: what is not may hold anything, NaN included.
+        unit = plan.unit[:1].repeat(total).scatter_(0, place, plan.unit)
+        weight = weight.flatten().index_select(0, plan.slot)
+        # Without a backward one chunk's rows and hidden units are written over the last one's.
+        parts = [chunk.rows if keep else slice(0, chunk.rows.stop - chunk.rows.start) for chunk in chunks]
+        kept = max((part.stop for part in parts), default=0)
+        rows = x.new_empty(kept, x.shape[1])
+        hidden = x.new_empty(kept, up.shape[1])
+        out = x.new_empty(total, down.shape[1])
+        for chunk, part in zip(chunks, parts, strict=True):
+            torch.index_select(x, 0, unit[chunk.rows], out=rows[part])
+            before, after = chunk.split(hidden[part]), chunk.split(out[chunk.rows])
+            multiply(chunk.split(rows[part]), up, up_bias, chunk.experts, before)
+            multiply(activate(before, activation, gated), down, down_bias, chunk.experts, after)
         if keep:
-            ctx.save_for_backward(rows, scale, hidden, up, down, up_bias, down_bias, unit, place)
-            ctx.plan, ctx.activation, ctx.gated = plan, activation, gated
-        return plan.add_up(out.flatten(0, 1).index_select(0, place))
+            ctx.save_for_backward(rows, weight, hidden, up, down, up_bias, down_bias, unit, place)
+            ctx.plan, ctx.activation, ctx.gated, ctx.memory = plan, activation, gated, memory
+        return plan.add_up(out, place, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and the four parameters."""
-        rows, scale, hidden, up, down, up_bias, down_bias, unit, place = ctx.saved_tensors
-        grad = grad_out.index_select(0, unit).view(*rows.shape[:2], -1)
-        inner = activate(hidden, ctx.activation, ctx.gated)
-        grad_inner = torch.bmm(grad, down)
-        grad_scale = torch.linalg.vecdot(grad_inner, inner)
-        grad_down = torch.bmm(grad.transpose(1, 2), inner * scale)
-        grad_down_bias = None
-        if down_bias is not None:
-            grad_scale = grad_scale + torch.linalg.vecdot(grad, down_bias[:, None])
-            grad_down_bias = (grad * scale).sum(1)
-        grad_hidden = activate_backward(grad_inner.mul_(scale), hidden, ctx.activation, ctx.gated)
-        grad_up = torch.bmm(grad_hidden.transpose(1, 2), rows)
-        grad_up_bias = None if up_bias is None else grad_hidden.sum(1)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = ctx.plan.add_up(torch.bmm(grad_hidden, up).flatten(0, 1).index_select(0, place))
-        grad_weight = grad_scale.flatten().index_select(0, place)
-        return grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias, None, None, None, None
+        rows, weight, hidden, up, down, up_bias, down_bias, unit, place = ctx.saved_tensors
+        scales = weight.new_zeros(len(rows), 1).index_copy_(0, place, weight[:, None])
+        grad_scales = torch.empty_like(scales)
+        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        grad_up, grad_down = (memory.empty_like(of) for memory, of in zip(ctx.memory, (up, down), strict=True))
+        grad_up_bias, grad_down_bias = (
+            None if bias is None else torch.empty_like(bias) for bias in (up_bias, down_bias)
+        )
+        clear_idle((grad_up, grad_down, grad_up_bias, grad_down_bias), ctx.plan.sizes)
+        for chunk in ctx.plan.chunks():
+            experts, part = chunk.experts, chunk.rows
+            grad = chunk.split(grad_out.index_select(0, unit[part]))
+            before, scale, grad_scale = (chunk.split(values[part]) for values in (hidden, scales, grad_scales))
+            grad_inner = torch.bmm(grad, down[experts])
+            inner, grad_before = activate_backward(grad_inner * scale, before, ctx.activation, ctx.gated)
+            torch.linalg.vecdot(grad_inner, inner, out=grad_scale[..., 0])
+            multiply_each(chunk, grad, inner * scale, grad_down)
+            if grad_down_bias is not None:
+                grad_scale += torch.linalg.vecdot(grad, down_bias[experts][:, None])[..., None]
+                grad_down_bias[experts] = (grad * scale).sum(1)
+            multiply_each(chunk, grad_before, chunk.split(rows[part]), grad_up)
+            if grad_up_bias is not None:
+                grad_up_bias[experts] = grad_before.sum(1)
+            if grad_rows is not None:
+                torch.bmm(grad_before, up[experts], out=chunk.split(grad_rows[part]))
+        grad_x = None if grad_rows is None else ctx.plan.add_up(grad_rows, place)
+        grad_weight = weight.new_zeros(ctx.plan.shape)
+        grad_weight.view(-1).index_copy_(0, ctx.plan.slot, grad_scales.flatten().index_select(0, place))
+        return grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias, None, None, None, None, None
 
 
-def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write `rows @ weight + bias` to `out`."""
-    if bias is None:
-        torch.mm(rows, weight, out=out)
-    else:
-        torch.addmm(bias, rows, weight, out=out)
+def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, experts: slice, out: Tensor) -> None:
+    """Write the linear maps of some experts, of rows `(n, longest, D)`, to `out`."""
+    torch.bmm(rows, weight[experts].transpose(1, 2), out=out)
+    if bias is not None:
+        out += bias[experts][:, None]
 
 
-def empty_gradient(parameter: Tensor, sizes: list[int]) -> Tensor:
-    """Memory for a stacked gradient, zero for experts that had no slot."""
-    gradient = torch.empty_like(parameter)
+def multiply_each(chunk: Chunk, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write `left.t() @ right` of each expert to its place in `out` `(E, ..)`; one has zeros in its padding rows."""
+    if len(chunk.sizes) > 2:
+        torch.bmm(left.transpose(1, 2), right, out=out[chunk.experts])
+        return
+    for a, b, size, product in zip(left, right, chunk.sizes, out[chunk.experts], strict=True):
+        torch.mm(a[:size].t(), b[:size], out=product)
+
+
+def clear_idle(gradients: Sequence[Tensor | None], sizes: list[int]) -> None:
+    """Zero the stacked gradients of experts that had no slot."""
     for expert, size in enumerate(sizes):
-        if not size:
-            gradient[expert].zero_()
-    return gradient
+        for gradient in gradients:
+            if gradient is not None and not size:
+                gradient[expert].zero_()

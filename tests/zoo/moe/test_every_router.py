@@ -321,6 +321,61 @@ def test_bad_arguments_name_argument_value_and_rule(name: str, arguments: dict[s
         build_router(name, **arguments)
 
 
+def export(layer: MoELayer, **inputs: Tensor) -> nn.Module:
+    """The exported layer; the sizes of all leading dimensions stay free."""
+    sizes = {name: dict.fromkeys(range(min(value.ndim, 2)), torch.export.Dim.AUTO) for name, value in inputs.items()}
+    return torch.export.export(layer, (), inputs, dynamic_shapes=sizes).module()
+
+
+def random_inputs(batch: int, length: int) -> dict[str, Tensor]:
+    shape, generator = (batch, length), torch.Generator().manual_seed(4)
+    return {
+        "x": torch.randn(*shape, 8, generator=generator),
+        "mask": torch.rand(shape, generator=generator) > 0.3,
+        "token_ids": torch.randint(12, shape, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "pre_gate"])
+def test_exports_in_eval_mode(case: str) -> None:
+    layer = make_layer(case).eval()
+    exported = export(layer, x=X, mask=MASK, token_ids=IDS)
+    inputs = random_inputs(5, 6)
+    torch.manual_seed(6)
+    out = exported(**inputs)
+    torch.manual_seed(6)
+    torch.testing.assert_close(out, layer(**inputs), atol=2e-6, rtol=0)
+    assert out.abs().sum() > 0
+
+
+def test_a_pre_gate_exports_behind_its_causal_network() -> None:
+    layer = make_layer("pre_gate").eval()
+    with pytest.raises(ValueError, match="export the layer with what it gives as `state`"):
+        export(layer, x=X, mask=MASK)
+    x, state = torch.randn(11, 8), torch.randn(11, 6)
+    exported = export(
+        layer, x=X.flatten(0, 1), sample_index=torch.zeros(21, dtype=torch.int64), state=torch.randn(21, 6)
+    )
+    sample = torch.arange(11) // 4
+    torch.testing.assert_close(
+        exported(x=x, sample_index=sample, state=state), layer(x, sample_index=sample, state=state), atol=2e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "buffer", "value"), [("stable", "frozen", True), ("dense_to_sparse_dense_eval", "temperature", 0.0)]
+)
+def test_what_is_exported_follows_the_buffers_of_the_router(case: str, buffer: str, value: float) -> None:
+    layer = make_layer(case).eval()
+    inputs = random_inputs(5, 6)
+    exported = export(layer, x=X, mask=MASK, token_ids=IDS)
+    before = layer(**inputs)
+    for module in (layer, exported):
+        module.get_buffer(f"router.{buffer}").fill_(value)
+    torch.testing.assert_close(exported(**inputs), layer(**inputs), atol=2e-6, rtol=0)
+    assert not torch.allclose(layer(**inputs), before, atol=1e-3)
+
+
 @pytest.mark.parametrize("case", ["softmax", "sigmoid_bias_groups", "cosine", "top_p", "null_identity", "recurrent"])
 def test_compiles_without_graph_breaks_in_the_dense_backend(case: str) -> None:
     layer = make_layer(case, "dense").eval()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from zoo.moe import DenseRouter, NoisyTopKRouter, Router, ThresholdRouter, TopKRouter
+from zoo.moe.routers.topk import best_two
 
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
 
@@ -95,6 +96,20 @@ def test_padding_is_neither_routed_nor_counted() -> None:
     assert (routing.expert_index[~mask] == 6).all() and (routing.expert_weight[~mask] == 0).all()
     assert routing.column_counts().sum() == 2 * mask.sum() == routing.expert_counts().sum()
     assert routing.num_units() == mask.sum()
+
+
+def test_the_two_best_are_those_of_topk() -> None:
+    choice = torch.randn(50, 6)
+    assert torch.equal(best_two(choice), choice.topk(2, dim=1).indices)
+
+
+def test_the_two_best_differ_where_scores_tie_or_experts_are_forbidden() -> None:
+    choice = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [float("-inf")] * 3]).repeat(3, 1)
+    choice[3:6, 0] = float("-inf")
+    choice[6:9, 1:] = float("-inf")
+    pair = best_two(choice)
+    assert (pair[:, 0] != pair[:, 1]).all()
+    torch.testing.assert_close(choice.gather(1, pair), choice.topk(2, dim=1).values)
 
 
 def test_threshold_router() -> None:

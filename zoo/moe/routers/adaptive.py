@@ -152,12 +152,13 @@ class DenseToSparseRouter(LinearRouter):
         """Route T units by `x` `(T, D)`."""
         logits = self.logits(units)
         probs = torch.softmax(logits, dim=1)
-        # The temperature is read last, so that a sparse gate in eval mode exports.
-        if not (self.training or self.dense_eval) or self.temperature == 0:
-            weight, index = probs.topk(1, dim=1)
-            return self.output(
-                units, index.masked_fill(weight == 0, self.num_experts), weight, logits=logits, probs=probs
-            )
+        best, index = probs.max(dim=1, keepdim=True)
+        dense = self.temperature > 0 if self.training else self.dense_eval
+        if not dense:
+            return self.output(units, index.masked_fill(best == 0, self.num_experts), best, logits=logits, probs=probs)
         noisy = logits - torch.empty_like(logits).exponential_().log() if self.training else None
-        weight = torch.softmax((logits if noisy is None else noisy) / self.temperature, dim=1)
+        # What eval mode asks of a buffer it asks by tensors, so that it exports.
+        sparse = self.temperature == 0
+        weight = torch.softmax((logits if noisy is None else noisy) / self.temperature.masked_fill(sparse, 1.0), dim=1)
+        weight = torch.where(sparse, torch.zeros_like(probs).scatter(1, index, best), weight)
         return self.output_all(units, weight > self.threshold, weight, logits=logits, probs=probs, noisy_logits=noisy)

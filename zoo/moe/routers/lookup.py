@@ -146,8 +146,9 @@ class StableMoERouter(LinearRouter):
         """Route T units by `x` `(T, D)` and `token_ids` `(T,)`."""
         logits = self.logits(units)
         student = linear_fp32(self.embedding(units.known_token_ids()), self.student_weight)
-        student = forbid(student.detach() if self.frozen else student, units.expert_mask)
-        index = (student if self.frozen else logits).argmax(1, keepdim=True)
+        # What eval mode asks of a buffer it asks by tensors, so that it exports.
+        student = forbid(student.detach() if self.training and self.frozen else student, units.expert_mask)
+        index = torch.where(self.frozen, student, logits).argmax(1, keepdim=True)
         score = logits.gather(1, index)
         index = index.masked_fill(score == float("-inf"), self.num_experts)
         probs = torch.softmax(logits, dim=1)

@@ -222,7 +222,7 @@ class TopKRouter(LinearRouter):
             # Ten times as fast as topk on a CPU.
             return choice.argmax(dim=1, keepdim=True)
         if self.min_per_group == 0:
-            return choice.topk(self.top_k, dim=1).indices
+            return best_two(choice) if self.top_k == 2 else choice.topk(self.top_k, dim=1).indices
         grouped = choice.unflatten(1, (self.num_groups, -1))
         best = grouped.topk(self.min_per_group, dim=2).indices
         guaranteed = torch.zeros_like(grouped, dtype=torch.bool).scatter(2, best, True).flatten(1)
@@ -248,6 +248,15 @@ class TopKRouter(LinearRouter):
         if bias is not None and self.expert_bias.dtype != torch.float32:
             self.expert_bias = bias.to(self.expert_bias.device)
         return self
+
+
+def best_two(choice: Tensor) -> Tensor:
+    """The two best columns of `choice` `(T, E)`, `(T, 2)`; on a CPU in half the time of topk."""
+    # Forbidden columns must stay above the one that is taken out, or it would be chosen twice.
+    finite = choice.detach().clamp(min=torch.finfo(choice.dtype).min)
+    first = finite.max(dim=1, keepdim=True).indices
+    second = finite.scatter(1, first, float("-inf")).max(dim=1, keepdim=True).indices
+    return torch.cat([first, second], dim=1)
 
 
 class NoisyTopKRouter(TopKRouter):

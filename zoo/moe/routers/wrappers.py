@@ -106,7 +106,16 @@ class PreGateRouter(WrappedRouter):
         return routing
 
     def read(self, units: RouterInput) -> Tensor:
-        """Run the causal network along each sample: `(T, hidden)`, zero for padding."""
+        """Run the causal network along each sample: `(T, hidden)`, zero for padding.
+
+        Raises:
+            ValueError: It is being exported, and torch exports no recurrent network over lengths that are data.
+        """
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "PreGateRouter: torch.export cannot run its causal network, as the lengths of the samples are data. "
+                "Run `read` before, and export the layer with what it gives as `state`."
+            )
         rows = sample_rows(units)
         x = units.x.to(next(self.network.parameters()).dtype)
         if not rows.numel():
