@@ -24,7 +24,7 @@ class LocalDispatcher:
             `(T, K, *out)`, zero in empty slots.
         """
         slot, sizes = sort_slots(index, experts.num_experts)
-        rows = experts([stream.index_select(0, slot // index.shape[1]) for stream in streams], sizes)
+        rows = experts(streams, sizes, slot // index.shape[1])
         out = rows.new_zeros(index.numel(), *rows.shape[1:])
         slots: Tensor = out.index_copy(0, slot, rows).unflatten(0, index.shape)
         return slots
@@ -46,7 +46,7 @@ class LocalDispatcher:
         fused = experts.fused_sum(streams, weight, Plan(unit, slot, sizes, (index.shape[0], index.shape[1])))
         if fused is not None:
             return fused
-        rows = experts([stream.index_select(0, unit) for stream in streams], sizes)
+        rows = experts(streams, sizes, unit)
         scale = weight.flatten()[slot].to(rows.dtype).view(-1, *[1] * (rows.ndim - 1))
         out: Tensor = rows.new_zeros(index.shape[0], *rows.shape[1:]).index_add(0, unit, rows * scale)
         return out

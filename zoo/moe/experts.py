@@ -96,17 +96,19 @@ class GroupedExperts(nn.Module):
         """Apply the nonlinearity, and the gate where there is one, to `(..., 2H)` or `(..., H)`."""
         return activate(hidden, self.activation, self.gated)
 
-    def forward(self, streams: Sequence[Tensor], sizes: list[int]) -> Tensor:
+    def forward(self, streams: Sequence[Tensor], sizes: list[int], unit: Tensor | None = None) -> Tensor:
         """Run each expert on its own rows.
 
         Args:
-            streams: One tensor `(N, D)`, its rows sorted by expert.
+            streams: One tensor `(T, D)`.
             sizes: Rows per expert, summing to N.
+            unit: `(N,)` the unit of each row, sorted by expert; None if the tensor holds the sorted rows.
 
         Returns:
             `(N, out)`.
         """
         (x,) = streams
+        x = x if unit is None else x.index_select(0, unit)
         return BACKENDS[choose_backend(self, x)].run(self, x, sizes)
 
     def fused_sum(self, streams: Sequence[Tensor], weight: Tensor, plan: Plan) -> Tensor | None:
@@ -171,26 +173,32 @@ class ModuleExperts(nn.Module):
         self.unit_ndims = tuple(unit_ndims)
         self.backend = "auto"
 
-    def run(self, expert: int, streams: Sequence[Tensor]) -> Tensor:
-        """Run one expert on the stream it reads."""
+    def run(self, expert: int, streams: Sequence[Tensor], unit: Tensor | None = None) -> Tensor:
+        """Run one expert on the stream it reads, on all units or on some `(N,)`."""
         index = self.stream[expert]
-        out: Tensor = self.experts[expert](tuple(streams) if index == -1 else streams[index])
+        if index == -1:
+            out: Tensor = self.experts[expert](tuple(take(stream, unit) for stream in streams))
+        else:
+            out = self.experts[expert](take(streams[index], unit))
         return out
 
-    def forward(self, streams: Sequence[Tensor], sizes: list[int]) -> Tensor:
+    def forward(self, streams: Sequence[Tensor], sizes: list[int], unit: Tensor | None = None) -> Tensor:
         """Run each expert on its own rows.
 
         Args:
-            streams: Tensors `(N, *unit)`, their rows sorted by expert.
+            streams: Tensors `(T, *unit)`.
             sizes: Rows per expert, summing to N.
+            unit: `(N,)` the unit of each row, sorted by expert; None if the tensors hold the sorted rows.
 
         Returns:
             `(N, *out)`.
         """
-        chunks = list(zip(*(stream.split(sizes) for stream in streams), strict=True))
+        if unit is None:
+            unit = torch.arange(len(streams[0]), device=streams[0].device)
+        rows = unit.split(sizes)
         # One expert always runs, so that a batch without work still has the right output shape.
         busy = [expert for expert, size in enumerate(sizes) if size] or [0]
-        return torch.cat([self.run(expert, chunks[expert]) for expert in busy])
+        return torch.cat([self.run(expert, streams, rows[expert]) for expert in busy])
 
     def fused_sum(self, streams: Sequence[Tensor], weight: Tensor, plan: Plan) -> Tensor | None:
         """Never: modules have no backend that fuses."""
@@ -199,6 +207,13 @@ class ModuleExperts(nn.Module):
     def forward_all(self, streams: Sequence[Tensor]) -> Tensor:
         """Run every expert on every unit: `(T, *unit)` per stream to `(T, E, *out)`."""
         return torch.stack([self.run(expert, streams) for expert in range(self.num_experts)], dim=1)
+
+
+def take(stream: Tensor, unit: Tensor | None) -> Tensor:
+    """The rows of some units `(N,)`; the stream itself, not a copy, where these are all units in their order."""
+    if unit is None or (len(unit) == len(stream) and torch.equal(unit, torch.arange(len(unit), device=unit.device))):
+        return stream
+    return stream.index_select(0, unit)
 
 
 Experts = GroupedExperts | ModuleExperts

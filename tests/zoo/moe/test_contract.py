@@ -203,3 +203,19 @@ def test_qa_is_a_drop_in_for_a_feed_forward_block() -> None:
     torch.testing.assert_close(out[1, :2], layer(x[1:, :2])[0])
     assert routing.column_counts().sum() == 8
     assert routing.sample_index.tolist() == [0] * 6 + [1] * 6
+
+
+def test_experts_that_get_all_units_read_them_without_a_copy():
+    seen = []
+    experts = [nn.Identity() for _ in range(4)]
+    for expert in experts:
+        expert.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x = torch.randn(1, 3, 5, 5)
+    layer = MoELayer(TopKRouter(2, 4, 2), ModuleExperts(experts, unit_ndims=[3]))
+    out = layer(x, router_input=torch.randn(1, 2))
+    assert len(seen) == 2 and all(rows.data_ptr() == x.data_ptr() for rows in seen)
+    assert torch.allclose(out, x, atol=1e-6)
+    # Two columns of one stored expert: as many rows as units, but not each unit once.
+    layer = MoELayer(TopKRouter(5, 4, 2), ModuleExperts([nn.Identity()] * 2), expert_map=[0, 0, 1, 1])
+    x = torch.randn(6, 5)
+    assert torch.allclose(layer(x), x, atol=1e-6)
