@@ -25,6 +25,24 @@ def gradient_loss(fused: Tensor, infrared: Tensor, visible: Tensor, gain: float 
     return (drawn - gain * torch.where(steeper, warm, bright)).abs().mean()
 
 
+def edge_loss(fused: Tensor, infrared: Tensor, visible: Tensor) -> Tensor:
+    """One minus Qabf (Xydeas and Petrovic 2000): the share of the sources' edges, by strength and direction, not kept.
+
+    The angle is compared by its cosine, so that it has a gradient everywhere.
+    """
+    drawn = sobel(fused)
+    strength = drawn.norm(dim=1) + 1e-4
+    kept, total = torch.zeros(()), torch.zeros(())
+    for source in (infrared, visible):
+        edges = sobel(source)
+        weight = edges.norm(dim=1)
+        ratio = torch.minimum(strength, weight) / torch.maximum(strength, weight)
+        parallel = (drawn * edges).sum(1) / (strength * (weight + 1e-4))
+        quality = torch.sigmoid(15 * (ratio - 0.5)) * torch.sigmoid(10 * (parallel - 0.8))
+        kept, total = kept + (weight * quality).sum(), total + weight.sum()
+    return 1 - kept / total.clamp(min=1e-6)
+
+
 def pixel_loss(fused: Tensor, infrared: Tensor, visible: Tensor, attention: Tensor) -> Tensor:
     """Foreground like the brighter source, background like the mean of both (MoE-Fusion, its detection-crop loss).
 
@@ -85,10 +103,3 @@ def sobel(images: Tensor) -> Tensor:
     """Horizontal and vertical derivatives per pixel: `(B, 1, H, W)` to `(B, 2, H - 2, W - 2)`."""
     across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=images.device) / 8
     return nn.functional.conv2d(images, torch.stack([across, across.T])[:, None])
-
-
-LOSSES = {
-    "gradient": gradient_loss,
-    "similarity": similarity_loss,
-    "difference": difference_loss,
-}

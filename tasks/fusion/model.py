@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.fusion.attention import SaliencyAttention
+from tasks.fusion.detector import DetectorAttention
 from zoo.errors import UnknownNameError
 from zoo.moe import ModuleExperts, MoELayer, NoisyTopKRouter, RoutingOutput
 
@@ -22,7 +23,7 @@ MARGIN = 8
 GRID = 4
 # Infrared and visible, in this order wherever both bands come together.
 BANDS = 2
-ATTENTION = ("saliency", "boxes")
+ATTENTION = ("saliency", "boxes", "detector")
 
 
 @dataclass(slots=True)
@@ -81,7 +82,8 @@ class MoEFusion(nn.Module):
         local_dim: int = 8,
         global_dim: int = 32,
         one_per_band: bool = True,
-        attention: Literal["saliency", "boxes"] = "saliency",
+        attention: Literal["saliency", "boxes", "detector"] = "saliency",
+        classes: list[str] | None = None,
         balance: float = 0.01,
         mixture: bool = True,
     ) -> None:
@@ -94,16 +96,20 @@ class MoEFusion(nn.Module):
             local_dim: Channels inside a local expert.
             global_dim: Channels of a global expert's first convolution; its second has half as many.
             one_per_band: Whether the local gates always choose at least one expert of each band.
-            attention: `saliency` is computed from both bands; `boxes` must be given with every pair.
+            attention: `saliency` is computed from both bands; `boxes` must be given with every pair; `detector` is what
+                two detectors look at that learn from boxes in training and need none afterwards.
+            classes: Names of what the detectors look for.
             balance: Coefficient of each mixture's importance and load losses.
             mixture: False builds the twin: one expert of equal active size in place of each mixture.
 
         Raises:
-            ValueError: The local experts cannot be halved, too few are chosen for one of each band, or there is no such
-                attention.
+            ValueError: The local experts cannot be halved, too few are chosen for one of each band, there is no such
+                attention, or classes without a detector or the reverse.
         """
         if attention not in ATTENTION:
             raise UnknownNameError("attention", attention, ATTENTION)
+        if bool(classes) != (attention == "detector"):
+            raise ValueError(f"attention={attention!r}, classes={classes}: a detector needs classes, others have none.")
         super().__init__()
         if num_experts % BANDS or (one_per_band and top_k < BANDS):
             raise ValueError(
@@ -117,6 +123,7 @@ class MoEFusion(nn.Module):
         self.global_dim = global_dim
         self.one_per_band = one_per_band
         self.attention = attention
+        self.classes = classes
         self.balance = balance
         self.mixture = mixture
         self.saliency = SaliencyAttention()
@@ -124,6 +131,16 @@ class MoEFusion(nn.Module):
         self.foreground = self.local_mixture()
         self.background = self.local_mixture()
         self.whole = self.global_mixture()
+        # Images differ little in what they pool to: without this all of them choose the same experts.
+        dims = {"foreground": BANDS * channels, "background": BANDS * channels, "whole": self.whole_dim}
+        norms = {name: nn.BatchNorm1d(2 * dim, affine=False) for name, dim in dims.items() if mixture}
+        self.gate_norms = nn.ModuleDict(norms)
+        self.detector = DetectorAttention(classes) if classes else None
+
+    @property
+    def whole_dim(self) -> int:
+        """Channels that the global experts read."""
+        return (4 * BANDS + 2) * self.channels + PIXELS
 
     def local_mixture(self) -> nn.Module:
         """Experts that read one band each, or the twin's one expert that reads both."""
@@ -131,12 +148,14 @@ class MoEFusion(nn.Module):
         if not self.mixture:
             active = self.top_k * hidden * 2 * channels
             return LocalExpert(BANDS * channels, round(active / ((BANDS + 1) * channels)), channels)
+        dim = 2 * BANDS * channels
         router = NoisyTopKRouter(
-            2 * BANDS * channels,
+            dim,
             self.num_experts,
             self.top_k,
             num_groups=BANDS,
             min_per_group=int(self.one_per_band),
+            init_std=dim**-0.5,
         )
         experts = [LocalExpert(channels, hidden, channels) for _ in range(self.num_experts)]
         stream = [band for band in range(BANDS) for _ in range(self.num_experts // BANDS)]
@@ -144,10 +163,10 @@ class MoEFusion(nn.Module):
 
     def global_mixture(self) -> nn.Module:
         """Experts that read all features."""
-        dim, width = (4 * BANDS + 2) * self.channels, self.global_dim
+        dim, width = self.whole_dim, self.global_dim
         if not self.mixture:
             return GlobalExpert(dim, equal_width(dim, width, self.top_k))
-        router = NoisyTopKRouter(2 * dim, self.num_experts, self.top_k)
+        router = NoisyTopKRouter(2 * dim, self.num_experts, self.top_k, init_std=(2 * dim) ** -0.5)
         return self.layer(
             router, ModuleExperts([GlobalExpert(dim, width) for _ in range(self.num_experts)], None, (3,))
         )
@@ -193,7 +212,7 @@ class MoEFusion(nn.Module):
         """
         if self.attention == "boxes":
             raise ValueError("attention='boxes': pass attention=box_attention(boxes, size), or load a saliency model.")
-        attention: Tensor = self.saliency(infrared, visible)
+        attention: Tensor = (self.detector or self.saliency)(infrared, visible)
         return attention
 
     def draw(self, bands: Tensor, attention: Tensor) -> tuple[Tensor, dict[str, RoutingOutput]]:
@@ -213,7 +232,7 @@ class MoEFusion(nn.Module):
         parts = []
         for name, share in (("foreground", attention), ("background", 1 - attention)):
             parts.append(self.mix(name, [band * share for band in last], routing))
-        everything = torch.cat([*features[0], *features[1], *parts], 1)
+        everything = torch.cat([*features[0], *features[1], *parts, (small[0] - small[1]) / 2], 1)
         return self.mix("whole", [everything], routing), routing
 
     def mix(self, name: str, streams: list[Tensor], routing: dict[str, RoutingOutput]) -> Tensor:
@@ -222,7 +241,7 @@ class MoEFusion(nn.Module):
         if not self.mixture:
             out: Tensor = mixture(torch.cat(streams, 1))
             return out
-        seen = torch.cat([pool(stream) for stream in streams], 1)
+        seen = self.gate_norms[name](torch.cat([pool(stream) for stream in streams], 1))
         out, routing[name] = mixture(
             streams if len(streams) > 1 else streams[0], router_input=seen, return_routing=True
         )
@@ -237,8 +256,11 @@ class LocalExpert(nn.Sequential):
         super().__init__(conv(inputs, hidden), nn.ReLU(), conv(hidden, outputs))
 
 
-class GlobalExpert(nn.Sequential):
-    """Three convolutions that draw an image of twice the resolution, all of it near zero at first."""
+class GlobalExpert(nn.Module):
+    """Three convolutions that draw an image of twice the resolution: a share of the bands' difference, and a rest.
+
+    The share lets details of either band through as they are; both are near zero at first.
+    """
 
     def __init__(self, inputs: int, width: int) -> None:
         """Build them.
@@ -247,16 +269,22 @@ class GlobalExpert(nn.Sequential):
             inputs: Channels of all features.
             width: Channels of the first; the second has half as many.
         """
-        last = conv(width // 2, PIXELS)
+        super().__init__()
+        last = conv(width // 2, 2 * PIXELS)
         nn.init.normal_(last.weight, std=1e-3)
-        super().__init__(
+        self.layers = nn.Sequential(
             conv(inputs, width),
             nn.ReLU(),
             conv(width, width // 2),
             nn.ReLU(),
             last,
-            nn.PixelShuffle(STRIDE),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features, the difference of the bands last, `(B, C + 4, h, w)` to `(B, 1, 2 h, 2 w)`."""
+        share, rest = self.layers(x).chunk(2, 1)
+        drawn: Tensor = nn.functional.pixel_shuffle(share * x[:, -PIXELS:] + rest, STRIDE)
+        return drawn
 
 
 def conv(inputs: int, outputs: int) -> nn.Conv2d:
@@ -280,6 +308,6 @@ def pad(images: Tensor) -> Tensor:
 
 def equal_width(dim: int, width: int, top_k: int) -> int:
     """Width of one global expert with as many weights as `top_k` of this width."""
-    wanted = top_k * (dim * width + width * width / 2 + width / 2 * PIXELS)
-    linear = dim + PIXELS / 2
+    wanted = top_k * (dim * width + width * width / 2 + width / 2 * 2 * PIXELS)
+    linear = dim + PIXELS
     return round(math.sqrt(linear**2 + 2 * wanted) - linear)

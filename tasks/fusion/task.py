@@ -11,6 +11,7 @@ from torch import Tensor
 from tasks.fusion.attention import box_attention
 from tasks.fusion.baselines import BASELINES
 from tasks.fusion.data import FusionDataModule, Pairs
+from tasks.fusion.detector import DetectorAttention, start_backbones
 from tasks.fusion.evaluate import (
     OURS,
     RANDOM,
@@ -27,7 +28,14 @@ from tasks.fusion.evaluate import (
     with_random_gates,
 )
 from tasks.fusion.images import recolour, write_image
-from tasks.fusion.losses import LOSSES, pixel_loss, range_loss
+from tasks.fusion.losses import (
+    difference_loss,
+    edge_loss,
+    gradient_loss,
+    pixel_loss,
+    range_loss,
+    similarity_loss,
+)
 from tasks.fusion.metrics import NINE_METRICS
 from tasks.fusion.model import Fusion, MoEFusion
 from zoo import hub
@@ -36,7 +44,7 @@ from zoo.report import print_table, write_metrics, write_predictions
 from zoo.task import MoETask, StepOutput
 
 # Chosen on the validation part of RoadScene's training pairs.
-WEIGHTS = {"gradient": 10.0, "similarity": 1.0, "difference": 0.5, "pixel": 0.0, "range": 10.0}
+WEIGHTS = {"gradient": 60.0, "edge": 1.5, "similarity": 3.0, "difference": 0.1, "pixel": 0.0, "range": 10.0}
 SHOWN = 8
 
 
@@ -53,6 +61,8 @@ class FusionTask(MoETask):
         pretrained: str | None = None,
         twin: str | None = None,
         losses: dict[str, float] | None = None,
+        sharpness: float = 1.15,
+        weights_backbone: str | None = None,
         lr: float = 3e-3,
         weight_decay: float = 1e-4,
         warmup: float = 0.05,
@@ -64,13 +74,17 @@ class FusionTask(MoETask):
             pretrained: Name of a zoo checkpoint, or a folder written by `zoo.save`, in place of a new network.
             twin: The same of the network without mixtures that `test` compares with; None compares with none.
             losses: Weights of the losses that differ from `WEIGHTS`.
+            sharpness: How much steeper than the sources' edges those of the fused image should be.
+            weights_backbone: What the detectors of a new network with `attention: detector` start from: `IMAGENET1K_V1`
+                or `IMAGENET1K_V2` of torchvision's MobileNetV3-Large, or a file with such a state dict; None leaves
+                them untrained.
             lr: Peak learning rate of AdamW.
             weight_decay: Its weight decay.
             warmup: Share of all steps in which the rate rises.
 
         Raises:
             UnknownNameError: There is no such loss.
-            ValueError: Both a new network and a checkpoint are asked for.
+            ValueError: Both a new network and a checkpoint are asked for, or weights of a backbone without detectors.
         """
         for name in losses or {}:
             if name not in WEIGHTS:
@@ -79,7 +93,9 @@ class FusionTask(MoETask):
             raise ValueError(f"network={network}: {pretrained} brings its own; leave one of them out.")
         self.network = network or {}
         self.pretrained = pretrained
+        self.weights_backbone = weights_backbone
         self.weights = {**WEIGHTS, **(losses or {})}
+        self.sharpness = sharpness
         self.scores: list[dict[str, dict[str, float]]] = []
         self.facts: list[Row] = []
         self.examples: dict[int, Example] = {}
@@ -93,6 +109,11 @@ class FusionTask(MoETask):
             self.model = load_fusion(self.pretrained).train()
         else:
             self.model = MoEFusion(**self.network)
+        new = self.model.detector if not self.pretrained else None
+        if new is not None:
+            start_backbones(new.streams, self.weights_backbone)
+        elif self.weights_backbone:
+            raise ValueError(f"weights_backbone={self.weights_backbone} is for new networks with attention='detector'.")
 
     def fuse(self, batch: Pairs) -> Fusion:
         """Fuse a batch, with attention on its boxes if the network was built for boxes.
@@ -108,16 +129,38 @@ class FusionTask(MoETask):
         attention = box_attention(batch.boxes, (height, width)).to(batch.visible)
         return self.model.fuse(batch.infrared, batch.visible, attention)
 
+    def learn(self, detector: DetectorAttention, batch: Pairs) -> tuple[Fusion, dict[str, Tensor]]:
+        """Fuse a batch, and what the detectors lose on its boxes.
+
+        Raises:
+            ValueError: A pair of the batch is not annotated. A window in which there is nothing to find is.
+        """
+        if batch.boxes is None or batch.labels is None:
+            raise ValueError(
+                f"attention='detector' learns from boxes, but the batch of {', '.join(batch.names)} is not annotated "
+                "throughout: train on annotated sets alone, or use attention='saliency'."
+            )
+        attention, losses = detector.learn(batch.infrared, batch.visible, batch.boxes, batch.labels)
+        return self.model.fuse(batch.infrared, batch.visible, attention), losses
+
     def step(self, batch: Pairs) -> StepOutput:
-        """Fuse a batch and compare with both bands."""
-        fusion = self.fuse(batch)
+        """Fuse a batch and compare with both bands; in training the detectors, if any, learn from its boxes."""
+        detector = self.model.detector if self.training else None
+        fusion, of_detectors = self.learn(detector, batch) if detector else (self.fuse(batch), {})
         bands = (batch.infrared, batch.visible)
-        values = {name: loss(fusion.fused, *bands) for name, loss in LOSSES.items()}
-        values["pixel"] = pixel_loss(fusion.fused, *bands, fusion.attention)
-        values["range"] = range_loss(fusion.fused)
+        values = {
+            "gradient": gradient_loss(fusion.fused, *bands, self.sharpness),
+            "edge": edge_loss(fusion.fused, *bands),
+            "similarity": similarity_loss(fusion.fused, *bands),
+            "difference": difference_loss(fusion.fused, *bands),
+            "pixel": pixel_loss(fusion.fused, *bands, fusion.attention),
+            "range": range_loss(fusion.fused),
+        }
         prefix = "train" if self.training else "val"
-        self.log_dict({f"{prefix}_{name}": value.detach() for name, value in values.items()}, batch_size=len(bands[0]))
-        loss = sum((self.weights[name] * value for name, value in values.items()), torch.zeros(()))
+        logged = {**values, **of_detectors}
+        self.log_dict({f"{prefix}_{name}": value.detach() for name, value in logged.items()}, batch_size=len(bands[0]))
+        weighted = [self.weights[name] * value for name, value in values.items()]
+        loss = sum([*weighted, *of_detectors.values()], torch.zeros(()))
         return StepOutput(loss, fusion.fused, torch.cat(bands, 1))
 
     def on_fit_end(self) -> None:
@@ -126,11 +169,12 @@ class FusionTask(MoETask):
         data: FusionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         pair: Pairs = data.require("val_set")[0]
         card = fusion_card(self.model, data, self.trainer.global_step)
+        self.model.cpu().eval()
         with torch.no_grad():
             attention = self.fuse(pair).attention
         golden = [image[..., :96, :128] for image in (pair.infrared, pair.visible, attention)]
         config = (hub.assets() / "configs/fusion/roadscene.yaml").read_text()
-        hub.save(self.model.cpu().eval(), folder, card=card, golden_input=golden, config=config)
+        hub.save(self.model, folder, card=card, golden_input=golden, config=config)
         print(f"Checkpoint: {folder}")
 
     def on_test_start(self) -> None:

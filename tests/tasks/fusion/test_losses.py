@@ -59,3 +59,14 @@ def test_range_loss_counts_what_cannot_be_stored() -> None:
     assert losses.range_loss(torch.rand(1, 1, 4, 4)) == 0
     assert losses.range_loss(torch.full((1, 1, 4, 4), 1.5)) == pytest.approx(0.25)
     assert losses.range_loss(torch.full((1, 1, 4, 4), -0.5)) == pytest.approx(0.25)
+
+
+def test_edge_loss_is_low_for_what_keeps_the_edges(bands: tuple[torch.Tensor, torch.Tensor]) -> None:
+    infrared, visible = bands
+    even = torch.full_like(infrared, 0.5)
+    assert losses.edge_loss(infrared, infrared, infrared) < 0.2
+    assert losses.edge_loss(1 - infrared, infrared, infrared) > 0.9
+    assert losses.edge_loss(even, infrared, visible) > 0.9
+    mean = ((infrared + visible) / 2).requires_grad_()
+    losses.edge_loss(mean, infrared, visible).backward()
+    assert mean.grad.isfinite().all() and mean.grad.abs().sum() > 0
