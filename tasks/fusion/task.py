@@ -99,9 +99,10 @@ class FusionTask(MoETask):
         self.scores: list[dict[str, dict[str, float]]] = []
         self.facts: list[Row] = []
         self.examples: dict[int, Example] = {}
+        self.twin = twin
+        # Of a test: a plain mapping, so that Lightning does not save them.
+        self.rivals: dict[str, MoEFusion] = {}
         super().__init__(lr, weight_decay, warmup)
-        # A tuple hides them from Lightning: they are not trained and not saved.
-        self.rivals = ({TWIN: load_fusion(twin)} if twin else {},)
 
     def configure_models(self) -> None:
         """Load the checkpoint, or build a new network."""
@@ -180,14 +181,18 @@ class FusionTask(MoETask):
     def on_test_start(self) -> None:
         """Begin new results."""
         self.scores, self.facts, self.examples, self.prediction_rows = [], [], {}, []
+        self.rivals = {}
         if self.model.mixture:
-            self.rivals[0][RANDOM] = with_random_gates(self.model)
+            self.rivals[RANDOM] = with_random_gates(self.model)
+            self.rivals |= {TWIN: load_fusion(self.twin)} if self.twin else {}
+        for rival in self.rivals.values():
+            rival.to(self.device)
 
     def test_step(self, batch: Pairs, batch_idx: int) -> None:
         """Score a pair: the network, its rivals, and the baselines."""
         fusion = self.fuse(batch)
         fused = {OURS: fusion.fused}
-        for name, rival in self.rivals[0].items():
+        for name, rival in self.rivals.items():
             fused[name] = rival.fuse(batch.infrared, batch.visible, fusion.attention).fused
         self.scores.append(score_pair(batch.infrared, batch.visible, fused))
         shares = shares_of(fusion)
@@ -214,7 +219,7 @@ class FusionTask(MoETask):
                 line["mean_rank"] = places.get(line["method"])
             print_table(f"Fusion, {part}: {len(scores)} pairs (places among the five baselines, 1 is best)", lines)
             metrics |= flat_metrics(table, places, "" if part == "all" else f"{part}/")
-        if TWIN in self.rivals[0] and len(self.scores) > 1:
+        if TWIN in self.rivals and len(self.scores) > 1:
             differences = paired_differences(self.scores, OURS, TWIN)
             print_table("Ours minus the twin without mixtures, 95 % interval over pairs", differences)
             for row in differences:
