@@ -82,13 +82,15 @@ def means(scores: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict
 
 
 def ranks(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Mean place over the nine metrics of each model by itself among the baselines.
+    """Mean place over the nine metrics: of each model by itself among the baselines, and of these beside ours.
 
     Args:
-        table: Metrics by method.
+        table: Metrics by method; one is `OURS`.
     """
-    rivals = {name: table[name] for name in BASELINES}
-    return {name: mean_rank({**rivals, name: row})[name] for name, row in table.items() if name not in BASELINES}
+    baselines = {name: table[name] for name in BASELINES}
+    places = mean_rank({**baselines, OURS: table[OURS]})
+    models = [name for name in table if name not in BASELINES]
+    return {**places, **{name: mean_rank({**baselines, name: table[name]})[name] for name in models}}
 
 
 def paired_differences(

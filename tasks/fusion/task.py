@@ -216,8 +216,8 @@ class FusionTask(MoETask):
             places = ranks(table)
             lines = [{"method": name, **{key: row[key] for key in NINE_METRICS}} for name, row in table.items()]
             for line in lines:
-                line["mean_rank"] = places.get(line["method"])
-            print_table(f"Fusion, {part}: {len(scores)} pairs (places among the five baselines, 1 is best)", lines)
+                line["mean_rank"] = places[line["method"]]
+            print_table(f"Fusion, {part}: {len(scores)} pairs (mean place among the five baselines, 1 is best)", lines)
             metrics |= flat_metrics(table, places, "" if part == "all" else f"{part}/")
         if TWIN in self.rivals and len(self.scores) > 1:
             differences = paired_differences(self.scores, OURS, TWIN)
@@ -294,16 +294,15 @@ def shares_of(fusion: Fusion, place: int = 0) -> dict[str, list[float]]:
     return {name: routing.dense_weight()[place].tolist() for name, routing in fusion.routing.items()}
 
 
-def flat_metrics(
-    table: Mapping[str, Mapping[str, float]], places: Mapping[str, float], prefix: str
-) -> dict[str, float]:
-    """Metrics by `[part/][method/]name`; ours have no method in their names."""
+def flat_metrics(table: Mapping[str, Mapping[str, float]], places: Mapping[str, float], part: str) -> dict[str, float]:
+    """Metrics by `[part/][method/]name`; ours have no method in their names, and a part has the nine of models only."""
     metrics = {}
     for method, row in table.items():
-        start = prefix if method == OURS else f"{prefix}{method.replace(' ', '_')}/"
-        metrics |= {f"{start}{name}": value for name, value in row.items()}
-        if method not in BASELINES:
-            metrics[f"{start}mean_rank"] = places[method]
+        if part and method in BASELINES:
+            continue
+        start = part if method == OURS else f"{part}{method.replace(' ', '_')}/"
+        metrics |= {f"{start}{name}": row[name] for name in (NINE_METRICS if part else row)}
+        metrics[f"{start}mean_rank"] = places[method]
     return metrics
 
 

@@ -51,7 +51,8 @@ def test_score_pair_holds_every_baseline() -> None:
     table = evaluate.means([scored, scored])
     assert table["average"] == pytest.approx(scored["average"])
     places = evaluate.ranks(table)
-    assert set(places) == {evaluate.OURS} and 1 <= places[evaluate.OURS] <= 6
+    assert set(places) == {evaluate.OURS, *BASELINES}
+    assert sum(places.values()) == pytest.approx(sum(range(1, 7)))
 
 
 def test_random_gates_change_the_gates_alone() -> None:
