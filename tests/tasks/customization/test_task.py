@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from command_line import sentence
 
 import zoo
 from tasks.customization.data import Samples, to_float, write_all_classes, write_class_folders
@@ -25,15 +26,6 @@ real_data = pytest.mark.skipif(not os.environ.get("MOE_ZOO_DATA"), reason="MOE_Z
 
 def synthetic(user: str) -> list[str]:
     return ["--data.source=synthetic", f"--data.user={user}", "--data.generic=generated"]
-
-
-def sentence(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """The one line that a failing command prints."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(args)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("variant", ["lenet5", "lenet-large"])

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from command_line import sentence
 from PIL import Image
 
 import zoo
@@ -19,15 +20,6 @@ from zoo.errors import UnknownNameError
 
 GENERATED = ["--data.sources=[generated]", "--data.test_source=generated", "--trainer.enable_progress_bar=false"]
 CONFIGS = sorted(path for path in Path("configs/fusion").glob("*.yaml") if path.stem != "detection")
-
-
-def sentence(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """The one line that a failing command prints."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(args)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
