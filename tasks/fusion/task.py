@@ -1,5 +1,6 @@
 """Lightning task of image fusion."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,14 @@ class FusionTask(MoETask):
             warmup: Share of all steps in which the rate rises.
 
         Raises:
-            UnknownNameError: There is no such loss.
+            UnknownNameError: There is no such loss or argument of the network.
             ValueError: Both a new network and a checkpoint are asked for, or weights of a backbone without detectors.
         """
-        for name in losses or {}:
-            if name not in WEIGHTS:
-                raise UnknownNameError("loss", name, WEIGHTS)
+        known = list(inspect.signature(MoEFusion).parameters)
+        for what, given, allowed in (("loss", losses, list(WEIGHTS)), ("argument of network", network, known)):
+            for name in given or {}:
+                if name not in allowed:
+                    raise UnknownNameError(what, name, allowed)
         if network and pretrained:
             raise ValueError(f"network={network}: {pretrained} brings its own; leave one of them out.")
         self.network = network or {}
@@ -98,7 +101,7 @@ class FusionTask(MoETask):
         self.sharpness = sharpness
         self.scores: list[dict[str, dict[str, float]]] = []
         self.facts: list[Row] = []
-        self.examples: dict[int, Example] = {}
+        self.examples: list[Example] = []
         self.twin = twin
         # Of a test: a plain mapping, so that Lightning does not save them.
         self.rivals: dict[str, MoEFusion] = {}
@@ -180,7 +183,7 @@ class FusionTask(MoETask):
 
     def on_test_start(self) -> None:
         """Begin new results."""
-        self.scores, self.facts, self.examples, self.prediction_rows = [], [], {}, []
+        self.scores, self.facts, self.examples, self.prediction_rows = [], [], [], []
         self.rivals = {}
         if self.model.mixture:
             self.rivals[RANDOM] = with_random_gates(self.model)
@@ -201,7 +204,7 @@ class FusionTask(MoETask):
         self.prediction_rows.append({**row, **{f"experts_{name}": weights for name, weights in shares.items()}})
         every = max(1, self.trainer.num_test_batches[0] // SHOWN)  # type: ignore[arg-type]
         if batch_idx % every == 0 and len(self.examples) < SHOWN:
-            self.examples[batch_idx] = example(batch, fusion)
+            self.examples.append(example(batch, fusion))
 
     def report(self, folder: Path) -> dict[str, float]:
         """Print the tables; write `metrics.json`, `predictions.parquet`, `pairs.png` and `gates.png`."""
@@ -225,7 +228,7 @@ class FusionTask(MoETask):
             for row in differences:
                 metrics |= {f"minus_twin/{row['metric']}{end}": row[key] for end, key in DIFFERENCE_KEYS.items()}
         metrics |= self.report_gates(folder, night)
-        print(f"Pictures: {plot_contact_sheet(list(self.examples.values()), folder / 'pairs.png')}")
+        print(f"Pictures: {plot_contact_sheet(self.examples, folder / 'pairs.png')}")
         write_metrics(folder, metrics)
         write_predictions(folder, self.prediction_rows)
         return metrics

@@ -118,6 +118,8 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
 
     with pytest.raises(UnknownNameError, match="gradient"):
         FusionTask(losses={"gradiant": 1.0})
+    with pytest.raises(UnknownNameError, match="channels"):
+        FusionTask(network={"chanels": 8})
     with pytest.raises(ValueError, match="brings its own"):
         FusionTask(network={"channels": 8}, pretrained="fusion/x")
     with pytest.raises(ValueError, match="MoEFusion"):
