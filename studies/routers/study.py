@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
+from studies.routers.claims import CLAIMS, judge
 from studies.routers.data import Batch, Corpus, Objective, load_corpus, make_batch
 from studies.routers.measure import evaluate
 from studies.routers.methods import BY_FORWARD, BY_WINDOW, METHODS, Method
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 SEEDS = (0, 1, 2)
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+
+# Methods whose tokens have different numbers of experts.
+DYNAMIC = ("top-p", "null", "retrofit-null")
 
 Row = dict[str, Any]
 
@@ -284,33 +288,49 @@ def table(folder: Path) -> list[Row]:
     return lines
 
 
+def judge_all(folder: Path, objective: str) -> list[Row]:
+    """Every claim that the rows of an objective can judge."""
+    rows = {method: rows_of(folder, objective, method) for method in METHODS}
+    judged = [judge(claim, rows) for claim in CLAIMS]
+    return [{"objective": objective, **line} for line in judged if line]
+
+
 def mean_and_std(rows: Sequence[Row], key: str) -> tuple[float, float]:
     """Mean and sample standard deviation (0 of a single run) over seeds."""
     values = [row[key] for row in rows]
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def plot(lines: Sequence[Row], path: Path) -> Path:
-    """Validation loss of every method between the dense twins, and specialisation against the balance batch."""
+def plot(folder: Path, lines: Sequence[Row], path: Path) -> Path:
+    """Losses between the dense twins, specialisation over the balance batch, experts by difficulty.
+
+    Args:
+        folder: Of the rows.
+        lines: Of the table.
+        path: Of the figure.
+    """
     from matplotlib.figure import Figure
 
     objectives = [name for name in OBJECTIVES if any(line["objective"] == name for line in lines)]
     with plot_style():
-        figure = Figure(figsize=(5 * len(objectives) + 4.5, 8))
-        panels = figure.subplots(1, len(objectives) + 1, squeeze=False)[0]
-        for axes, objective in zip(panels, objectives, strict=False):
-            own = {line["method"]: line for line in lines if line["objective"] == objective}
-            draw_losses(axes, objective, own)
+        figure = Figure(figsize=(4.5 * len(objectives) + 5, 8.5))
+        panels = figure.subplot_mosaic([[*objectives, "curve"], [*objectives, "difficulty"]])
         for number, objective in enumerate(objectives):
             own = {line["method"]: line for line in lines if line["objective"] == objective}
-            draw_curve(panels[-1], objective, own, number)
+            draw_losses(panels[objective], objective, own)
+            draw_curve(panels["curve"], objective, own, number)
+            draw_difficulty(panels["difficulty"], folder, objective, number)
         sizes = sorted({*BY_FORWARD, *BY_WINDOW})
-        panels[-1].set_xscale("log", base=2)
-        panels[-1].set_xticks(sizes, [str(size) for size in sizes])
-        panels[-1].set_xlabel("sequences over which the balance loss counts")
-        panels[-1].set_ylabel("domain specialisation")
-        if panels[-1].has_data():
-            panels[-1].legend()
+        panels["curve"].set_xscale("log", base=2)
+        panels["curve"].set_xticks(sizes, [str(size) for size in sizes])
+        panels["curve"].set_xlabel("sequences over which the balance loss counts")
+        panels["curve"].set_ylabel("domain specialisation")
+        panels["difficulty"].set_xticks(range(4), ["easiest", "easier", "harder", "hardest"])
+        panels["difficulty"].set_xlabel("quarter of the predicted tokens, by their loss")
+        panels["difficulty"].set_ylabel("experts per token")
+        for name in ("curve", "difficulty"):
+            if panels[name].has_data():
+                panels[name].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize="small")
         return save_figure(figure, path)
 
 
@@ -332,7 +352,7 @@ def draw_losses(axes: "Axes", objective: str, lines: dict[str, Row]) -> None:
     axes.set_xlabel("validation loss (nats)")
     axes.set_title(objective)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        axes.legend(loc="lower left")
 
 
 def draw_curve(axes: "Axes", objective: str, lines: dict[str, Row], number: int) -> None:
@@ -348,6 +368,17 @@ def draw_curve(axes: "Axes", objective: str, lines: dict[str, Row], number: int)
                 color=PALETTE[number],
                 label=f"{objective}, {words}",
             )
+
+
+def draw_difficulty(axes: "Axes", folder: Path, objective: str, number: int) -> None:
+    """Experts per token over the quarters of difficulty, of the methods that choose how many."""
+    for method, style in zip(DYNAMIC, ("o-", "s--", "^:"), strict=True):
+        rows = rows_of(folder, objective, method)
+        if rows:
+            quarters = [
+                statistics.fmean(values) for values in zip(*(row["active_by_difficulty"] for row in rows), strict=True)
+            ]
+            axes.plot(range(4), quarters, style, color=PALETTE[number], label=f"{objective}, {method}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -375,12 +406,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.only:
         run_missing(options)
     lines = table(options.folder)
-    for objective in OBJECTIVES:
-        own = [line for line in lines if line["objective"] == objective]
-        if own:
-            print_table(f"{objective} language model", own, list(own[0])[1:])
-    write_whole(options.folder / "results.json", lines)
-    print(plot(lines, options.folder / "routers.png"))
+    claims = [line for objective in OBJECTIVES for line in judge_all(options.folder, objective)]
+    for title, rows in (("methods", lines), ("claims", claims)):
+        for objective in OBJECTIVES:
+            own = [row for row in rows if row["objective"] == objective]
+            if own:
+                print_table(f"{objective} language model: {title}", own, list(own[0])[1:])
+    write_whole(options.folder / "results.json", {"methods": lines, "claims": claims})
+    print(plot(options.folder, lines, options.folder / "routers.png"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from studies.routers import data, measure, study
+from studies.routers import claims, data, measure, study
 from studies.routers.methods import METHODS
 from zoo.errors import DataNotFoundError
 from zoo.moe import NullExpertRouter, routed_modules
@@ -65,8 +65,9 @@ def test_a_second_call_runs_nothing(masked, monkeypatch, capsys):
     monkeypatch.setattr(study, "load_corpus", None)
     study.main(arguments(masked, "--seeds", "0"))
     study.main(["--folder", str(masked), "--only", "table"])
-    lines = json.loads((masked / "results.json").read_text())
-    assert [line["method"] for line in lines] == list(METHODS)
+    results = json.loads((masked / "results.json").read_text())
+    assert [line["method"] for line in results["methods"]] == list(METHODS)
+    assert [line["claim"] for line in results["claims"]] == [claim.words for claim in claims.CLAIMS]
     assert (masked / "routers.png").is_file()
     assert "seed 0" not in capsys.readouterr().out
 
@@ -183,6 +184,39 @@ def test_specialisation():
     assert measure.specialisation(apart, domain, 2) == pytest.approx(1)
     assert measure.specialisation(torch.ones(4, 2), domain, 2) == pytest.approx(0, abs=1e-6)
     assert measure.specialisation(apart, domain[[0, 2, 1, 3]], 2) == pytest.approx(0, abs=1e-6)
+
+
+def test_intervals_over_seeds_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    values = {"a": [0.31, 0.35, 0.29], "b": [0.41, 0.40, 0.44]}
+    rows = {name: [{"seed": seed, "val_loss": value} for seed, value in enumerate(of)] for name, of in values.items()}
+    claim = claims.Claim("A", "a is lower", "a", "b", claims.loss, "lower")
+    line = claims.judge(claim, {**rows, "a": [*rows["a"], {"seed": 7, "val_loss": 9.0}]})
+    interval = stats.ttest_rel(values["a"], values["b"]).confidence_interval(0.95)
+    assert line["seeds"] == 3
+    assert (line["difference"] - line["+-"], line["difference"] + line["+-"]) == pytest.approx(
+        tuple(interval), rel=1e-3
+    )
+    assert claims.judge(claim, {"a": rows["a"]}) is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "mean", "half", "words"),
+    [
+        ("lower", -0.02, 0.01, claims.SHOWS),
+        ("lower", -0.02, 0.03, claims.OPEN),
+        ("lower", 0.02, 0.03, claims.SHOWS_NOT),
+        ("lower", 0.02, 0.01, claims.OPPOSITE),
+        ("higher", 0.02, 0.01, claims.SHOWS),
+        ("higher", -0.02, 0.01, claims.OPPOSITE),
+        ("same", 0.001, 0.005, claims.SHOWS),
+        ("same", 0.001, 0.02, claims.OPEN),
+        ("same", 0.02, 0.015, claims.SHOWS_NOT),
+        ("same", 0.03, 0.01, claims.OPPOSITE),
+    ],
+)
+def test_verdicts(rule, mean, half, words):
+    assert claims.verdict(rule, mean, half) == words
 
 
 @pytest.mark.parametrize(("micro_batch", "window", "opened"), [(4, 8, 4), (4, 16, 2), (4, 128, 1), (0, 0, 0)])
