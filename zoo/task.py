@@ -142,6 +142,15 @@ class MoETask(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def load_best(self) -> None:
+        """After fitting: go back to the weights of the epoch that was best by `monitor`.
+
+        A trainer that keeps no checkpoints, or stopped before its first epoch ended, has only those of the end.
+        """
+        for callback in self.trainer.checkpoint_callbacks:
+            if getattr(callback, "monitor", None) and getattr(callback, "best_model_path", ""):
+                self.load_state_dict(torch.load(callback.best_model_path, weights_only=True)["state_dict"])
+
     def report_predictions(self, folder: Path) -> None:
         """After predicting: write `predictions.parquet`, one row per sample that `predict_step` kept.
 

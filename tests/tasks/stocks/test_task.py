@@ -1,0 +1,172 @@
+"""The real command line on a generated market and on a file of the user's own."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from command_line import sentence
+
+import zoo
+from tasks.stocks.model import Miga, MigaEnsemble
+from tasks.stocks.panel import BARS, generate_market
+from tasks.stocks.task import LOW_VOLATILITY, StocksTask, calmness
+from zoo import hub
+from zoo.cli import main
+from zoo.errors import UnknownNameError
+
+SMALL = ["--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--data.window=3"]
+GENERATED = ["--data.source=generated", "--data.train_index=null", "--data.market={days: 190, stocks: 24}", *SMALL]
+NETWORK = "features: 20, window: 3, hidden_dim: 8, expert_dim: 4, num_groups: 2, experts_per_group: 3, top_k: 2"
+CONFIGS = sorted(Path("configs/stocks").glob("*.yaml"))
+METRICS = {
+    *("IC", "ICIR", "RankIC", "RankICIR", "neutral_RankIC", "excess_AR", "excess_AR_cost", "IR_cost", "MDD_cost"),
+    *("turnover", "coverage"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    main(
+        [
+            "fit",
+            "-c",
+            "configs/stocks/miga-conv.yaml",
+            *GENERATED,
+            "--model.network",
+            f"{{{NETWORK}}}",
+            "--out",
+            str(folder),
+        ]
+    )
+    return folder
+
+
+@pytest.fixture
+def bars(tmp_path: Path) -> Path:
+    """Daily bars of the user's own under names of their own."""
+    panel = generate_market(days=80, stocks=12).panel
+    rows = [
+        {"ticker": symbol, "day": date, **{name: getattr(panel, name)[row, column] for name in BARS}}
+        for row, date in enumerate(panel.dates.astype(str))
+        for column, symbol in enumerate(panel.symbols)
+    ]
+    path = tmp_path / "bars.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_learns(config: Path, tmp_path: Path) -> None:
+    kind = "mixture: false" if "twin" in config.stem else "mixture: true"
+    network = ["--model.network", f"{{{NETWORK}, {kind}}}", "--trainer.max_epochs=1"]
+    main(["fit", "-c", str(config), *GENERATED, *network, "--out", str(tmp_path)])
+    hub.verify(tmp_path / "checkpoint")
+
+
+def test_fit_saves_the_best_epoch_with_the_scaling_of_the_training_days(trained: Path) -> None:
+    state = torch.load(trained / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    model = zoo.load(trained / "checkpoint")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[f"model.{name}"]), name
+    assert model.feature_scale.ne(1).any()
+
+
+def test_test_scores_beside_the_twin_and_volatility(trained: Path, tmp_path: Path) -> None:
+    checkpoint = str(trained / "checkpoint")
+    pretrained = ["--model.network=null", "--model.pretrained", checkpoint, "--model.twin", checkpoint]
+    metrics = main(["test", "-c", "configs/stocks/miga-conv.yaml", *GENERATED, *pretrained, "--out", str(tmp_path)])
+    for method in ("", "twin/", f"{LOW_VOLATILITY}/"):
+        assert {f"{method}{name}" for name in METRICS} <= set(metrics)
+    assert metrics["RankIC"] == metrics["twin/RankIC"] and metrics["minus_twin/RankIC/high"] == 0
+    assert metrics["RankIC/low"] <= metrics["RankIC"] <= metrics["RankIC/high"]
+    assert 0 <= metrics["style_nmi"] <= 1
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["low_volatility/neutral_RankIC"] is None and written["IC"] == pytest.approx(metrics["IC"])
+    for picture in ("rank_ic", "excess", "horizons", "experts"):
+        assert (tmp_path / f"{picture}.png").is_file()
+    rows = pd.read_parquet(tmp_path / "predictions.parquet")
+    # Anyone can re-score it: a day's IC follows from its rows.
+    by_day = [day["score"].corr(day["target"]) for _, day in rows.groupby("date")]
+    assert np.mean(by_day) == pytest.approx(metrics["IC"], abs=1e-6)
+
+
+def test_predict_ranks_the_latest_day_of_a_file(trained: Path, bars: Path, tmp_path: Path, capsys) -> None:
+    columns = ["--data.columns={symbol: ticker, date: day}", "--data.window=3", "--trainer.enable_progress_bar=false"]
+    model = ["--model.network=null", "--model.pretrained", str(trained / "checkpoint")]
+    main(
+        [
+            "predict",
+            "-c",
+            "configs/stocks/own.yaml",
+            *model,
+            "--data.file",
+            str(bars),
+            *columns,
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
+    rows = pd.read_parquet(tmp_path / "out/predictions.parquet")
+    assert rows["rank"].tolist() == list(range(1, 13)) and rows["score"].is_monotonic_decreasing
+    assert set(rows["date"]) == {"2000-03-20"} and rows["experts"].str.match(r"\d \(0\.\d\d\), ").all()
+    assert "Best of 12 stocks on 2000-03-20" in capsys.readouterr().out
+
+
+def test_network_and_data_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = ["--model.network", "{features: 20, window: 5}"]
+    words = sentence(capsys, "fit", "-c", "configs/stocks/miga-conv.yaml", *GENERATED, *network, "--out", str(tmp_path))
+    assert "20 features on 5 days, the data have 20 on 3" in words
+
+
+def test_wrong_words(trained: Path) -> None:
+    with pytest.raises(UnknownNameError, match="num_groups"):
+        StocksTask(network={"num_group": 8})
+    with pytest.raises(UnknownNameError, match="mse"):
+        StocksTask(loss="mae")
+    with pytest.raises(ValueError, match="brings its own"):
+        StocksTask(network={"window": 8}, pretrained=str(trained / "checkpoint"))
+    with pytest.raises(ValueError, match="LeNet"):
+        StocksTask(pretrained="customization/lenet5-emnist")
+
+
+def test_an_ensemble_averages_its_networks_on_one_scale(trained: Path, tmp_path: Path) -> None:
+    arguments = {"features": 2, "window": 3, "hidden_dim": 8, "expert_dim": 4, "top_k": 2}
+    ensemble = MigaEnsemble(arguments, size=2).eval()
+    ensemble.score_scale.copy_(torch.tensor([2.0, 0.5]))
+    features = torch.randn(5, 3, 2)
+    first, second = (network(features) for network in ensemble.members)
+    scores, weights = ensemble.explain(features)
+    torch.testing.assert_close(scores, (first / 2 + second / 0.5) / 2)
+    torch.testing.assert_close(weights[:, :63], ensemble.first.explain(features)[1] / 2)
+    torch.testing.assert_close(ensemble(features[1:2]), scores[1:2])
+    with pytest.raises(ValueError, match="at least 1"):
+        MigaEnsemble(arguments, size=0)
+    card = hub.info(trained / "checkpoint").card
+    loaded = zoo.load(zoo.save(ensemble, tmp_path / "two", card=card, golden_input=features))
+    torch.testing.assert_close(loaded(features), scores)
+
+
+def test_quarters_of_volatility(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dataset:
+        universe = np.ones((2, 4), dtype=bool)
+        days = np.array([1])
+
+    minus_volatility = np.array([[-0.4, -0.1, np.nan, -0.2]])
+    monkeypatch.setattr("tasks.stocks.task.low_volatility", lambda dataset: minus_volatility)
+    assert calmness(Dataset()).tolist() == [4, 2, 0, 3]
+
+
+def test_an_ensemble_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str], trained: Path) -> None:
+    ensemble = MigaEnsemble({"features": 20, "window": 3, "hidden_dim": 8})
+    zoo.save(
+        ensemble, tmp_path / "five", card=hub.info(trained / "checkpoint").card, golden_input=torch.randn(2, 3, 20)
+    )
+    model = ["--model.network=null", "--model.pretrained", str(tmp_path / "five"), "--out", str(tmp_path / "out")]
+    words = sentence(capsys, "fit", "-c", "configs/stocks/miga-conv.yaml", *GENERATED, *model)
+    assert "one seed" in words
+    assert isinstance(zoo.load(tmp_path / "five").first, Miga)
