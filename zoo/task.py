@@ -148,8 +148,9 @@ class MoETask(pl.LightningModule):
         A trainer that keeps no checkpoints, or stopped before its first epoch ended, has only those of the end.
         """
         for callback in self.trainer.checkpoint_callbacks:
-            if getattr(callback, "monitor", None) and getattr(callback, "best_model_path", ""):
-                self.load_state_dict(torch.load(callback.best_model_path, weights_only=True)["state_dict"])
+            best = getattr(callback, "best_model_path", "")
+            if best and getattr(callback, "monitor", None):
+                self.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
 
     def report_predictions(self, folder: Path) -> None:
         """After predicting: write `predictions.parquet`, one row per sample that `predict_step` kept.

@@ -4,9 +4,10 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-Row = dict[str, Any]
+from studies.rows import Row
+
 Number = Callable[[Row], float]
 
 # A difference in validation loss below this counts as equal quality: an eighth of what four times the width of the

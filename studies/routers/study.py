@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from studies.routers.data import Batch, Corpus, Objective, load_corpus, make_bat
 from studies.routers.measure import evaluate
 from studies.routers.methods import BY_FORWARD, BY_WINDOW, METHODS, Method
 from studies.routers.model import LanguageModel, Sizes
+from studies.rows import Row, is_done, mean_and_std, write_whole
 from zoo.callbacks import GateTemperature
 from zoo.errors import UnknownNameError
 from zoo.moe import (
@@ -49,8 +50,6 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 # Methods whose tokens have different numbers of experts.
 DYNAMIC = ("top-p", "null", "retrofit-null")
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,21 +205,6 @@ def result_path(folder: Path, objective: str, method: str, seed: int) -> Path:
     return folder / "results" / f"{objective}.{method}.seed{seed}.json"
 
 
-def is_done(path: Path, wanted: Row) -> bool:
-    """Whether a run has its row.
-
-    Raises:
-        ValueError: It has one of another budget or other data.
-    """
-    if not path.is_file():
-        return False
-    row = json.loads(path.read_text())
-    for key, value in wanted.items():
-        if row[key] != value:
-            raise ValueError(f"{path} has {key}={row[key]!r}, not {value!r}: name another --folder, or delete it.")
-    return True
-
-
 def run_missing(options: argparse.Namespace) -> None:
     """Run every (method, seed) without a row, all methods of a seed before the next."""
     budget = BUDGETS[options.data]
@@ -239,14 +223,6 @@ def run_missing(options: argparse.Namespace) -> None:
         print(f"{options.objective}, {method}, seed {seed}", flush=True)
         row = Trainer(METHODS[method], seed, corpus, budget, steps, options.objective).run()
         write_whole(paths[method, seed], {**about, "method": method, "seed": seed, "threads": options.threads, **row})
-
-
-def write_whole(path: Path, value: Any) -> None:
-    """Write JSON so that a killed run leaves no half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
 
 
 def rows_of(folder: Path, objective: str, method: str) -> list[Row]:
@@ -293,12 +269,6 @@ def judge_all(folder: Path, objective: str) -> list[Row]:
     rows = {method: rows_of(folder, objective, method) for method in METHODS}
     judged = [judge(claim, rows) for claim in CLAIMS]
     return [{"objective": objective, **line} for line in judged if line]
-
-
-def mean_and_std(rows: Sequence[Row], key: str) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 of a single run) over seeds."""
-    values = [row[key] for row in rows]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def plot(folder: Path, lines: Sequence[Row], path: Path) -> Path:
