@@ -24,13 +24,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zoo.errors import CheckpointError, UnknownNameError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+M = TypeVar("M", bound="nn.Module")
 
 FORMAT_VERSION = 1
 FILES = ("model.safetensors", "metadata.json", "README.md", "golden.safetensors", "config.yaml")
@@ -169,6 +171,26 @@ def load(name_or_folder: str | Path) -> "nn.Module":
     model = _build(found)
     _fill(model, state, found.path / "model.safetensors")
     return model.eval()
+
+
+def load_as(name_or_folder: str | Path, *classes: type[M]) -> M:
+    """Load a checkpoint that must hold one of these classes.
+
+    Args:
+        name_or_folder: As for `load`.
+        classes: What an application can use.
+
+    Raises:
+        ValueError: It holds something else; what `load` raises is raised too.
+    """
+    model = load(name_or_folder)
+    if isinstance(model, classes):
+        return model
+    paths = {f"{klass.__module__}.{klass.__qualname__}" for klass in classes}
+    fitting = [name for name in list_models() if info(name).class_path in paths]
+    wanted = " or a ".join(klass.__name__ for klass in classes)
+    hint = f", e.g. {fitting[0]}" if fitting else ""
+    raise ValueError(f"{name_or_folder} holds a {type(model).__name__}; needed is a {wanted}{hint}.")
 
 
 def save(

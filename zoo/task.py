@@ -1,5 +1,6 @@
 """`MoETask`, the LightningModule that every application subclasses."""
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from zoo.errors import UnknownNameError
 from zoo.moe import collect_aux_losses
 from zoo.report import print_table, write_metrics, write_predictions
 
@@ -42,6 +44,26 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
+
+
+def check_network(network: type[nn.Module], arguments: Mapping[str, Any] | None, pretrained: str | None) -> None:
+    """Refuse arguments that a network does not have, and arguments beside a checkpoint, which brings its own.
+
+    Args:
+        network: The class to build.
+        arguments: Of its constructor.
+        pretrained: The checkpoint to load instead, or None.
+
+    Raises:
+        UnknownNameError: There is no such argument.
+        ValueError: Both are given.
+    """
+    known = list(inspect.signature(network).parameters)
+    for name in arguments or {}:
+        if name not in known:
+            raise UnknownNameError("argument of network", name, known)
+    if arguments and pretrained:
+        raise ValueError(f"network={arguments}: {pretrained} brings its own; leave one of them out.")
 
 
 class MoETask(pl.LightningModule):

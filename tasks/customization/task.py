@@ -160,14 +160,8 @@ class CustomizationTask(MoETask):
 
     def configure_models(self) -> None:
         """Load the checkpoint."""
-        model = hub.load(self.pretrained)
-        if not isinstance(model, CustomizedLeNet):
-            raise ValueError(
-                f"{self.pretrained} holds a {type(model).__name__}; customization needs a CustomizedLeNet, "
-                "e.g. customization/lenet5-emnist."
-            )
         # Lightning warns of modules that begin training in eval mode; nothing here depends on the mode.
-        self.model = model.train()
+        self.model = hub.load_as(self.pretrained, CustomizedLeNet).train()
 
     def configure_optimizers(self) -> list[Optimizer]:
         """None: `customize` has its own two, so that a device without Lightning learns the same."""

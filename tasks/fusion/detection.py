@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tasks.fusion.data import FilePair, FusionDataModule, Pair, Pairs
 from tasks.fusion.detector import as_targets, faster_rcnn, start_backbones
 from tasks.fusion.images import recolour
-from tasks.fusion.task import load_fusion
+from tasks.fusion.model import MoEFusion
 from zoo import hub
 from zoo.errors import UnknownNameError
 from zoo.report import print_table, write_metrics, write_predictions
@@ -138,7 +138,7 @@ class DetectionTask(MoETask):
                 "Nothing fuses images: name a network by --model.fusion NAME, or --model.images=[visible]."
             )
         # A tuple hides it from Lightning: it is not trained and not saved.
-        self.fusion = (load_fusion(fusion),) if fusion else ()
+        self.fusion = (hub.load_as(fusion, MoEFusion),) if fusion else ()
 
     def configure_models(self) -> None:
         """Load the detectors, or build new ones."""
@@ -148,10 +148,7 @@ class DetectionTask(MoETask):
             return
         if self.weights_backbone:
             raise ValueError(f"weights_backbone={self.weights_backbone}: {self.pretrained} brings its own.")
-        model = hub.load(self.pretrained)
-        if not isinstance(model, Detectors):
-            raise ValueError(f"{self.pretrained} holds a {type(model).__name__}; detection needs Detectors.")
-        self.model = model.train()
+        self.model = hub.load_as(self.pretrained, Detectors).train()
 
     def setup(self, stage: str) -> None:
         """Ask for what scoring needs before anything is trained."""

@@ -1,6 +1,5 @@
 """Lightning task of image fusion."""
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from tasks.fusion.model import Fusion, MoEFusion
 from zoo import hub
 from zoo.errors import UnknownNameError
 from zoo.report import print_table, write_metrics, write_predictions
-from zoo.task import MoETask, StepOutput
+from zoo.task import MoETask, StepOutput, check_network
 
 # Chosen on the validation part of RoadScene's training pairs.
 WEIGHTS = {"gradient": 60.0, "edge": 1.5, "similarity": 3.0, "difference": 0.1, "pixel": 0.0, "range": 10.0}
@@ -87,13 +86,10 @@ class FusionTask(MoETask):
             UnknownNameError: There is no such loss or argument of the network.
             ValueError: Both a new network and a checkpoint are asked for, or weights of a backbone without detectors.
         """
-        known = list(inspect.signature(MoEFusion).parameters)
-        for what, given, allowed in (("loss", losses, list(WEIGHTS)), ("argument of network", network, known)):
-            for name in given or {}:
-                if name not in allowed:
-                    raise UnknownNameError(what, name, allowed)
-        if network and pretrained:
-            raise ValueError(f"network={network}: {pretrained} brings its own; leave one of them out.")
+        check_network(MoEFusion, network, pretrained)
+        for name in losses or {}:
+            if name not in WEIGHTS:
+                raise UnknownNameError("loss", name, WEIGHTS)
         self.network = network or {}
         self.pretrained = pretrained
         self.weights_backbone = weights_backbone
@@ -110,7 +106,7 @@ class FusionTask(MoETask):
     def configure_models(self) -> None:
         """Load the checkpoint, or build a new network."""
         if self.pretrained:
-            self.model = load_fusion(self.pretrained).train()
+            self.model = hub.load_as(self.pretrained, MoEFusion).train()
         else:
             self.model = MoEFusion(**self.network)
         new = self.model.detector if not self.pretrained else None
@@ -187,7 +183,7 @@ class FusionTask(MoETask):
         self.rivals = {}
         if self.model.mixture:
             self.rivals[RANDOM] = with_random_gates(self.model)
-            self.rivals |= {TWIN: load_fusion(self.twin)} if self.twin else {}
+            self.rivals |= {TWIN: hub.load_as(self.twin, MoEFusion)} if self.twin else {}
         for rival in self.rivals.values():
             rival.to(self.device)
 
@@ -275,21 +271,6 @@ class FusionTask(MoETask):
 
 
 DIFFERENCE_KEYS = {"": "difference", "/low": "low", "/high": "high"}
-
-
-def load_fusion(name_or_folder: str) -> MoEFusion:
-    """Load a checkpoint of this application.
-
-    Raises:
-        ValueError: It holds another kind of model.
-    """
-    model = hub.load(name_or_folder)
-    if not isinstance(model, MoEFusion):
-        raise ValueError(
-            f"{name_or_folder} holds a {type(model).__name__}; fusion needs a MoEFusion, "
-            "e.g. fusion/moe-fusion-roadscene."
-        )
-    return model
 
 
 def shares_of(fusion: Fusion, place: int = 0) -> dict[str, list[float]]:

@@ -1,6 +1,5 @@
 """Lightning task of cross-sectional stock prediction: learn MIGA, score it beside what it is compared with, predict."""
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from tasks.stocks.plots import plot_cumulative_ic, plot_excess, plot_horizons, p
 from zoo import hub
 from zoo.errors import UnknownNameError
 from zoo.report import print_table, write_metrics, write_predictions
-from zoo.task import MoETask, StepOutput
+from zoo.task import MoETask, StepOutput, check_network
 
 OURS = "ours"
 TWIN = "twin"
@@ -73,12 +72,7 @@ class StocksTask(MoETask):
         """
         if loss not in LOSSES:
             raise UnknownNameError("loss", loss, LOSSES)
-        known = list(inspect.signature(Miga).parameters)
-        for name in network or {}:
-            if name not in known:
-                raise UnknownNameError("argument of network", name, known)
-        if network and pretrained:
-            raise ValueError(f"network={network}: {pretrained} brings its own; leave one of them out.")
+        check_network(Miga, network, pretrained)
         self.network = network or {}
         self.pretrained = pretrained
         self.twin = twin
@@ -91,7 +85,10 @@ class StocksTask(MoETask):
 
     def configure_models(self) -> None:
         """Load the checkpoint, or build a new network."""
-        self.model = load_miga(self.pretrained).train() if self.pretrained else Miga(**self.network)
+        if self.pretrained:
+            self.model = hub.load_as(self.pretrained, Miga, MigaEnsemble).train()
+        else:
+            self.model = Miga(**self.network)
 
     def setup(self, stage: str) -> None:
         """Compare the network with the data, and let a new one adopt the data's scaling.
@@ -146,7 +143,7 @@ class StocksTask(MoETask):
     def on_test_start(self) -> None:
         """Begin new results."""
         self.prediction_rows, self.weights = [], []
-        self.rivals = {TWIN: load_miga(self.twin).to(self.device)} if self.twin else {}
+        self.rivals = {TWIN: hub.load_as(self.twin, Miga, MigaEnsemble).to(self.device)} if self.twin else {}
         dataset = self.test_days()
         empty = np.full((len(dataset), len(dataset.panel.symbols)), np.nan)
         self.tables = {name: empty.copy() for name in (OURS, *self.rivals)}
@@ -241,18 +238,6 @@ DIFFERENCE_KEYS = {"": "mean", "/low": "low", "/high": "high"}
 # How many stocks, and how many experts of each, a person is shown.
 SHOWN = 10
 SPEAKERS = 3
-
-
-def load_miga(name_or_folder: str) -> Miga | MigaEnsemble:
-    """Load a checkpoint of this application.
-
-    Raises:
-        ValueError: It holds another kind of model.
-    """
-    model = hub.load(name_or_folder)
-    if not isinstance(model, Miga | MigaEnsemble):
-        raise ValueError(f"{name_or_folder} holds a {type(model).__name__}; stocks need a Miga or a MigaEnsemble.")
-    return model
 
 
 def network_of(model: Miga | MigaEnsemble) -> Miga:

@@ -43,6 +43,15 @@ def test_round_trip(model, folder):
     zoo.verify(folder)
 
 
+def test_a_class_can_be_asked_for(folder, named_zoo):
+    assert isinstance(hub.load_as(folder, nn.Linear, Toy), Toy)
+    with pytest.raises(ValueError, match=r"one holds a Toy; needed is a Linear or a Conv2d\.$"):
+        hub.load_as(folder, nn.Linear, nn.Conv2d)
+    zoo.save(nn.ReLU(), folder.parents[1] / "checkpoints/a/relu", card=CARD)
+    with pytest.raises(ValueError, match=r"relu holds a ReLU; needed is a Toy, e\.g\. other/one\."):
+        hub.load_as("a/relu", Toy)
+
+
 def test_info(folder):
     info = zoo.info(folder)
     assert info.metrics == {"loss": 0.5, "other": 1.0}
