@@ -173,7 +173,7 @@ def test_wrong_words(fusion: str) -> None:
         DetectionTask(images=["visible"])
     with pytest.raises(ValueError, match=r"--model\.fusion NAME"):
         DetectionTask(classes=["hot"])
-    with pytest.raises(ValueError, match="detection needs Detectors"):
+    with pytest.raises(ValueError, match="needed is a Detectors"):
         DetectionTask(pretrained=fusion)
 
 
