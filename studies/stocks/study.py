@@ -10,6 +10,7 @@ Every (source, method, seed) is one JSON file in `results/`; what has one is not
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,6 +75,8 @@ def run_network(method: Method, seed: int, data: StocksDataModule, folder: Path)
     pl.seed_everything(seed, verbose=False)
     task = StocksTask({**COMMON, **(method.network or {})}, loss=method.loss, lr=method.lr)
     data.seed = seed
+    # A killed run leaves its best.ckpt, which must not be taken for that of this run.
+    shutil.rmtree(folder, ignore_errors=True)
     best = pl.callbacks.ModelCheckpoint(folder, "best", monitor=task.monitor, mode=task.monitor_mode)
     trainer = pl.Trainer(
         max_epochs=method.epochs,
@@ -115,8 +118,13 @@ def judge(scores: Mapping[str, Array], data: StocksDataModule) -> Row:
 
 
 def result_path(options: argparse.Namespace, method: str, seed: int | str) -> Path:
-    """Where the row of a run is; the ensemble's seed is `all`."""
+    """Where the row of a run is."""
     return options.folder / "results" / f"{options.source}.{method}.seed{seed}.json"
+
+
+def ensemble_path(options: argparse.Namespace, method: str) -> Path:
+    """Where the row of the chosen seeds together is; other seeds are another ensemble."""
+    return result_path(options, method, "s" + "-".join(map(str, options.seeds)))
 
 
 def run_missing(options: argparse.Namespace) -> None:
@@ -158,7 +166,7 @@ def read_scores(path: Path) -> dict[str, Array]:
 
 def run_ensemble(options: argparse.Namespace, method: str) -> None:
     """Score the mean of a method's seeds, once all are there."""
-    path = result_path(options, method, "all")
+    path = ensemble_path(options, method)
     kept = [options.folder / "cache" / f"{options.source}.{method}.seed{seed}.npz" for seed in options.seeds]
     about = {"source": options.source, "seed": list(options.seeds)}
     if len(kept) < 2 or is_done(path, about) or not all(file.is_file() for file in kept):
@@ -192,7 +200,7 @@ def table(options: argparse.Namespace, part: str) -> list[Row]:
             line[name] = float(values.mean())
             if name in ("IC", "RankIC"):
                 line[f"{name} std"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-        together = result_path(options, method, "all")
+        together = ensemble_path(options, method)
         if together.is_file():
             whole = json.loads(together.read_text())[part]["metrics"]
             line |= {f"ensemble {name}": whole[name] for name in ("IC", "RankIC", "neutral_RankIC", "excess_AR_cost")}

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import zoo
 from studies.stocks import study
@@ -43,7 +44,7 @@ def row(folder, name):
 def test_each_seed_has_one_row(folder):
     names = {path.name.split(".", 1)[1] for path in (folder / "results").iterdir()}
     assert names == {
-        *(f"{method}.seed{seed}.json" for method in ("miga-conv", "twin") for seed in (0, 1, "all")),
+        *(f"{method}.seed{seed}.json" for method in ("miga-conv", "twin") for seed in (0, 1, "s0-1")),
         *("ridge.seed0.json", "low-volatility.seed0.json"),
     }
     first = row(folder, "miga-conv.seed0")
@@ -70,6 +71,26 @@ def test_tables(folder):
 def test_a_second_call_runs_nothing(folder, monkeypatch):
     monkeypatch.setattr(study, "run", None)
     study.main(arguments(folder))
+
+
+def test_fewer_seeds_are_another_ensemble(folder, monkeypatch):
+    monkeypatch.setattr(study, "run", None)
+    names = sorted(path.name for path in (folder / "results").iterdir())
+    study.main(["--source", "generated", "--folder", str(folder), "--seeds", "0", "--methods", "miga-conv"])
+    assert sorted(path.name for path in (folder / "results").iterdir()) == names
+    assert "ensemble RankIC" not in json.loads((folder / "generated.json").read_text())["test"][0]
+    study.main(arguments(folder, "--only", "table"))
+
+
+def test_a_killed_run_leaves_nothing_that_is_released(tmp_path, monkeypatch):
+    small = replace(METHODS["twin"], network={**METHODS["twin"].network, **SMALL}, epochs=1)
+    monkeypatch.setitem(METHODS, "twin", small)
+    run = tmp_path / "runs/generated.twin.seed0"
+    run.mkdir(parents=True)
+    (run / "best.ckpt").write_bytes(b"half of it")
+    study.main(["--source", "generated", "--folder", str(tmp_path), "--seeds", "0", "--methods", "twin"])
+    assert [path.name for path in run.glob("*.ckpt")] == ["best.ckpt"]
+    assert torch.load(run / "best.ckpt", weights_only=True)["state_dict"]
 
 
 def test_the_released_ensemble_ranks_as_its_seeds_do_together(folder):
