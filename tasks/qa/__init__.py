@@ -1,0 +1,1 @@
+"""Robust QA: answers found in a text by a transformer with mixtures of experts, also outside its training domains."""
