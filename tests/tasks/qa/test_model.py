@@ -73,6 +73,8 @@ BASES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "gpt2": (GPT2Model, GPT2Config, {"vocab_size": VOCABULARY, "n_embd": 8, "n_layer": 1, "n_head": 1}),
 }
 KINDS = list(product(("bert", "distilbert"), ("upcycled", "adapters")))
+# For what takes longer: both layouts and both kinds of experts, each once.
+FEW = [("bert", "upcycled"), ("distilbert", "adapters")]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def dense(base: str, model: QAReader) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("base", "experts"), KINDS)
-@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("mixture", [True, False])
 def test_a_new_reader_is_its_base(bases, base, experts, top_k, mixture):
     model = reader(bases[base], experts=experts, top_k=top_k, mixture=mixture, lora_rank=2)
@@ -385,8 +387,8 @@ def test_the_paper_s_router_is_used_where_its_weight_does_no_harm(bases):
 # --- the twin --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("base", "experts"), KINDS)
-@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize(("base", "experts"), FEW)
+@pytest.mark.parametrize("top_k", [1, 3])
 def test_the_twin_is_as_large_as_the_experts_that_read_a_token(bases, base, experts, top_k):
     for placement in ("inside", "head"):
         options = {"experts": experts, "top_k": top_k, "placement": placement, "expert_dim": 5}
@@ -430,7 +432,7 @@ def expected_frozen(name: str, freeze: str, freeze_experts: bool, freeze_base: b
     return freeze_base or freeze == "base" or (freeze == "embeddings" and name.startswith("encoder.embeddings."))
 
 
-@pytest.mark.parametrize(("base", "experts"), KINDS)
+@pytest.mark.parametrize(("base", "experts"), FEW)
 @pytest.mark.parametrize("mixture", [True, False])
 def test_frozen_is_bit_identical_and_all_else_moves(bases, base, experts, mixture):
     model = scrambled(reader(bases[base], experts=experts, lora_rank=2, mixture=mixture)).train()
@@ -462,7 +464,7 @@ def answers(model: QAReader) -> Tensor:
         return torch.stack(model.eval()(*batch()))
 
 
-@pytest.mark.parametrize(("base", "experts"), KINDS)
+@pytest.mark.parametrize(("base", "experts"), FEW)
 @pytest.mark.parametrize("mixture", [True, False])
 def test_a_checkpoint_holds_what_is_not_the_base_s(bases, tmp_path, base, experts, mixture):
     options = {"experts": experts, "freeze": "base", "lora_rank": 2, "mixture": mixture, "expert_dim": 8}
@@ -511,11 +513,13 @@ def test_a_second_stage_freezes_otherwise_and_loses_nothing(bases, tmp_path, exp
         assert torch.equal(answers(each), answers(model))
         names = {name for name, parameter in each.named_parameters() if parameter.requires_grad}
         assert names == {name for name in names if not expected_frozen(name, second, True, True)} != set()
-        again = zoo.load(zoo.save(each, tmp_path / "again", card=CARD, golden_input=batch()))
-        assert torch.equal(answers(again), answers(model))
-        assert (again.freeze, again.freeze_experts, again.freeze_base) == (second, True, True)
-        again.refreeze(freeze_base=False)
-        assert again.freeze_experts and not again.freeze_base and again.freeze == second
+        assert each.state_dict().keys() == loaded.state_dict().keys()
+        assert each.borrowed == loaded.borrowed
+    again = zoo.load(zoo.save(loaded, tmp_path / "again", card=CARD))
+    assert torch.equal(answers(again), answers(model))
+    assert (again.freeze, again.freeze_experts, again.freeze_base) == (second, True, True)
+    again.refreeze(freeze_base=False)
+    assert again.freeze_experts and not again.freeze_base and again.freeze == second
 
 
 def test_a_copy_is_a_reader_of_its_own(bases):
