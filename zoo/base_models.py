@@ -37,8 +37,13 @@ def find_base_model(name: str) -> Path:
         name: A folder, or a name on the hub.
 
     Raises:
-        DataNotFoundError: It is nowhere; the message says where was looked, and how to get it.
+        DataNotFoundError: It is nowhere; the message says where was looked, and how to get it. Or the packages that
+            read it are not installed.
     """
+    if find_spec("transformers") is None:
+        raise DataNotFoundError(
+            "the package transformers", ["this Python environment"], "Install it: pip install 'moe-zoo[text]'."
+        )
     from huggingface_hub import constants, is_offline_mode
 
     folder = Path(name).expanduser()

@@ -383,6 +383,9 @@ def _build(found: ModelInfo) -> "nn.Module":
         # The initialisation is overwritten at once: it must not move the caller's random state.
         with torch.random.fork_rng(devices=[]):
             model: nn.Module = model_class(**found.init_args)
+    except CheckpointError:
+        # What it builds on is at fault, and the class has said how.
+        raise
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"Checkpoint {found.name!r} does not fit {found.class_path} ({error}): it was written by another version "

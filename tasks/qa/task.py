@@ -174,23 +174,23 @@ class QATask(MoETask):
         if self.trainer.sanity_checking:
             return
         dataset: WindowDataset = self.data.require("val_set")
-        examples, answers = self.answer(dataset, self.logits[OURS])
-        scores = score_answers(examples, [best[0].text for best in answers])
+        answers = self.answer(dataset, self.logits[OURS])
+        examples = [dataset.examples[place] for place in answers]
+        scores = score_answers(examples, [best[0].text for best in answers.values()])
         domains = np.array([example.domain for example in examples])
         for name, values in scores._asdict().items():
             macro = float(np.mean([values[domains == domain].mean() for domain in np.unique(domains)]))
             self.log(f"val_{name}", macro, prog_bar=True)
 
-    def answer(self, dataset: WindowDataset, logits: Logits) -> tuple[list[Any], list[list[Answer]]]:
-        """The questions whose windows were all read, and their answers, the best first.
+    def answer(self, dataset: WindowDataset, logits: Logits) -> dict[int, list[Answer]]:
+        """Answers, the best first, by the position of their question in the dataset.
 
-        A run that is limited to a few batches has not read all.
+        A run that is limited to a few batches answers those questions whose windows were all read.
         """
-        read = [place for place, starts in enumerate(logits.starts) if starts is not None]
-        whole = set(range(len(dataset.examples))) - {
+        unread = {
             window.example for window, starts in zip(dataset.windows, logits.starts, strict=True) if starts is None
         }
-        read = [place for place in read if dataset.windows[place].example in whole]
+        read = [place for place, window in enumerate(dataset.windows) if window.example not in unread]
         answers = decode(
             dataset.examples,
             [dataset.windows[place] for place in read],
@@ -198,7 +198,7 @@ class QATask(MoETask):
             [logits.ends[place] for place in read],
             **self.decoding,
         )
-        return [dataset.examples[place] for place in sorted(whole)], [answers[place] for place in sorted(whole)]
+        return {place: found for place, found in enumerate(answers) if place not in unread}
 
     def on_fit_end(self) -> None:
         """Save the network of the best epoch as a checkpoint in the run folder."""
@@ -238,10 +238,9 @@ class QATask(MoETask):
     def report(self, folder: Path) -> dict[str, float]:
         """Print the tables; write `metrics.json`, `predictions.parquet`, `scores.png` and a mixture's `experts.png`."""
         dataset: WindowDataset = self.data.require("test_set")
-        answers = {}
-        for name, logits in self.logits.items():
-            examples, answers[name] = self.answer(dataset, logits)
-        texts = {name: [best[0].text for best in of] for name, of in answers.items()}
+        answers = {name: self.answer(dataset, logits) for name, logits in self.logits.items()}
+        examples = [dataset.examples[place] for place in answers[OURS]]
+        texts = {name: [best[0].text for best in of.values()] for name, of in answers.items()}
         texts[OVERLAP] = overlap_answers(examples)
         scores = {name: [score_answers(examples, found)] for name, found in texts.items()}
         present = {example.domain for example in examples}
@@ -257,40 +256,37 @@ class QATask(MoETask):
                 metrics |= {f"minus_{rival}/{row['metric']}{end}": row[key] for end, key in DIFFERENCE_KEYS.items()}
         pictures = [plot_scores(report, folder / "scores.png")]
         if self.logits[OURS].loads:
-            pictures.append(self.report_experts(examples, folder, metrics))
+            pictures.append(self.report_experts(dataset, list(answers[OURS]), folder, metrics))
         print(f"Pictures: {', '.join(map(str, pictures))}")
         write_metrics(folder, metrics)
-        write_predictions(folder, self.answer_rows(examples, answers[OURS], scores[OURS][0]))
+        rows = self.answer_rows(dataset, answers[OURS])
+        goods = zip(examples, *scores[OURS][0], strict=True)
+        judged = [{"target": list(example.answers), "f1": f1, "em": em} for example, f1, em in goods]
+        write_predictions(folder, [row | good for row, good in zip(rows, judged, strict=True)])
         return metrics
 
-    def report_experts(self, examples: list[Any], folder: Path, metrics: dict[str, float]) -> Path:
+    def report_experts(
+        self, dataset: WindowDataset, places: list[int], folder: Path, metrics: dict[str, float]
+    ) -> Path:
         """Draw which experts work for which domain, and add whether routing follows domains to the metrics."""
-        dataset: WindowDataset = self.data.require("test_set")
-        places = [dataset.examples.index(example) for example in examples]
         loads = {layer: load[places] for layer, load in self.logits[OURS].loads.items()}
-        domains = [example.domain for example in examples]
-        documents = [example.document for example in examples]
+        domains = [dataset.examples[place].domain for place in places]
+        documents = [dataset.examples[place].document for place in places]
         dependence = {layer: domain_dependence(load, domains, documents) for layer, load in loads.items()}
         for layer, found in dependence.items():
-            metrics |= {
-                f"domain_dependence/{layer}": found.explained,
-                f"domain_dependence/{layer}/chance": found.chance,
-            }
+            key = f"domain_dependence/{layer}"
+            metrics |= {key: found.explained, f"{key}/chance": found.chance}
         return plot_shares(expert_shares(loads, domains), folder / "experts.png", self.data.ood_domains, dependence)
 
-    def answer_rows(self, examples: list[Any], answers: list[list[Answer]], scores: Any = None) -> list[dict[str, Any]]:
-        """One row per question: the best answer, its place and score, the experts of its text, and how good it is."""
+    def answer_rows(self, dataset: WindowDataset, answers: dict[int, list[Answer]]) -> list[dict[str, Any]]:
+        """One row per question: the best answer, its score and place, and the experts of its text."""
         rows = []
-        dataset: WindowDataset = self.data.require("test_set" if scores else "predict_set")
-        places = {example.id: place for place, example in enumerate(dataset.examples)}
-        for number, (example, found) in enumerate(zip(examples, answers, strict=True)):
-            best = found[0]
+        for place, found in answers.items():
+            example, best = dataset.examples[place], found[0]
             row = {"id": example.id, "domain": example.domain, "question": example.question, "answer": best.text}
             row |= {"score": best.score, "start": best.start, "end": best.end}
             for layer, load in self.logits[OURS].loads.items():
-                row[f"experts, {layer}"] = shares_in_words(load[places[example.id]])
-            if scores is not None:
-                row |= {"target": list(example.answers), "f1": scores.f1[number], "em": scores.em[number]}
+                row[f"experts, {layer}"] = shares_in_words(load[place])
             rows.append(row)
         return rows
 
@@ -306,24 +302,23 @@ class QATask(MoETask):
 
     def report_predictions(self, folder: Path) -> None:
         """Print answers with their place in the text, and write `predictions.parquet`."""
-        examples, answers = self.answer(self.data.require("predict_set"), self.logits[OURS])
-        self.prediction_rows = rows = self.answer_rows(examples, answers)
-        if len(examples) == 1:
+        dataset: WindowDataset = self.data.require("predict_set")
+        answers = self.answer(dataset, self.logits[OURS])
+        self.prediction_rows = rows = self.answer_rows(dataset, answers)
+        layers = [f"experts, {layer}" for layer in self.logits[OURS].loads]
+        if len(rows) == 1:
+            ((place, found),) = answers.items()
+            context = dataset.examples[place].context
             shown = [
-                {
-                    "answer": one.text or "(none)",
-                    "score": one.score,
-                    "in the text": in_the_text(examples[0].context, one),
-                }
-                for one in answers[0][:SHOWN_ANSWERS]
+                {"answer": one.text or "(none)", "score": one.score, "in the text": in_the_text(context, one)}
+                for one in found[:SHOWN_ANSWERS]
             ]
-            print_table(examples[0].question, shown)
-            for layer in self.logits[OURS].loads:
-                print(f"Experts, {layer}: {rows[0][f'experts, {layer}']}")
+            print_table(rows[0]["question"], shown)
+            for layer in layers:
+                print(f"{layer.capitalize()}: {rows[0][layer]}")
         else:
-            keys = ("question", "answer", "score", *(f"experts, {layer}" for layer in self.logits[OURS].loads))
             title = f"{min(len(rows), SHOWN_QUESTIONS)} of {len(rows)} answers"
-            print_table(title, [{key: row[key] for key in keys} for row in rows[:SHOWN_QUESTIONS]])
+            print_table(title, rows[:SHOWN_QUESTIONS], ["question", "answer", "score", *layers])
         super().report_predictions(folder)
 
 

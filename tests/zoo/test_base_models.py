@@ -106,6 +106,12 @@ def test_a_base_that_is_nowhere_says_where_was_looked_and_how_to_get_it(tmp_path
     assert "pip install" not in str(caught.value)
 
 
+def test_without_transformers_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setattr("zoo.base_models.find_spec", lambda name: None)
+    with pytest.raises(DataNotFoundError, match=r"the package transformers.*pip install 'moe-zoo\[text\]'"):
+        find_base_model(MINILM)
+
+
 def test_the_hub_is_asked_last_and_only_online(tmp_path, nowhere):
     asked = []
 

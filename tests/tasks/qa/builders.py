@@ -1,11 +1,8 @@
 """Small tokenizers made at run time, and texts to make them from."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast

@@ -1,13 +1,10 @@
 """Back-translation: what is cut, what goes to the translator, where answers end up, what is kept on disk."""
 
 import json
-import os
 import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest

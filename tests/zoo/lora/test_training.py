@@ -1,8 +1,5 @@
 """Training by hand, by transformers' Trainer, by Lightning, in two processes and compiled: the same step everywhere."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
+from two_ranks import run_ranks
 
 from tests.zoo.lora.networks import make_base, make_config, make_inputs, old_name, output
 from tests.zoo.lora.two_adapters import adapted_encoder, train_share
@@ -194,10 +192,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     mask[0, 0, 0, 4:] = mask[0, 1, 2, 4:] = 0
     batches = {"input_ids": torch.randint(0, 40, (2, 2, 3, 6), generator=generator), "attention_mask": mask}
     torch.save(batches, tmp_path / "batches.pt")
-    script = Path(__file__).with_name("two_adapters.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    ranks = [subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=environment) for rank in range(2)]
-    assert [rank.wait(timeout=110) for rank in ranks] == [0, 0]
+    run_ranks(Path(__file__).with_name("two_adapters.py"), tmp_path)
     one = train_share(adapted_encoder(), {name: value.flatten(1, 2) for name, value in batches.items()})
     assert len(one) == 1 + 12 * 4
     for rank in range(2):

@@ -1,15 +1,13 @@
 """One optimiser step of an adapted encoder, in this process or as one of two: `python two_adapters.py RANK FOLDER`."""
 
-import os
 import sys
-import time
 import warnings
-from pathlib import Path
 
 import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel
+from two_ranks import leave
 
 from zoo.lora import SmoraConfig
 from zoo.moe import collect_aux_losses, open_count_windows, routed_modules, update_selection_biases
@@ -52,15 +50,7 @@ def main(rank: int, folder: str) -> None:
     results = train_share(model, {name: value[:, rank] for name, value in batches.items()})
     torch.distributed.all_reduce(results["loss"])
     results["loss"] /= 2
-    torch.save(results, f"{folder}/{rank}.part")
-    Path(f"{folder}/{rank}.part").rename(f"{folder}/{rank}.pt")
-    deadline = time.monotonic() + 60
-    while not all(Path(f"{folder}/{other}.pt").is_file() for other in range(2)):
-        if time.monotonic() > deadline:
-            raise TimeoutError("the other process left no result")
-        time.sleep(0.01)
-    # Gloo's threads now and then abort a process that tears them down; what is tested is written.
-    os._exit(0)
+    leave(results, rank, folder)
 
 
 if __name__ == "__main__":

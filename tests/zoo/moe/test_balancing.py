@@ -1,13 +1,11 @@
 """Selection biases and count windows: counted in training only, once per forward, over a whole optimiser step."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from two_ranks import run_ranks
 
 from tests.zoo.moe.two_processes import balanced_layer, train_share
 from zoo.moe import (
@@ -104,10 +102,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     """The same losses, bias updates and gradients, under gradient accumulation."""
     x = torch.randn(2, 2, 12, 8, generator=torch.Generator().manual_seed(0))
     torch.save(x, tmp_path / "x.pt")
-    script = Path(__file__).with_name("two_processes.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    ranks = [subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=environment) for rank in range(2)]
-    assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
+    run_ranks(Path(__file__).with_name("two_processes.py"), tmp_path)
     one = train_share(balanced_layer(selection_bias=True), x.flatten(1, 2))
     for rank in range(2):
         for name, value in torch.load(tmp_path / f"{rank}.pt").items():
