@@ -56,6 +56,7 @@ class Miga(nn.Module):
         expert_dropout: float = 0.0,
         balance: float = 2e-3,
         mixture: bool = True,
+        linear_path: bool = False,
     ) -> None:
         """Build the network.
 
@@ -76,6 +77,8 @@ class Miga(nn.Module):
             expert_dropout: Share of a stock's experts whose output is dropped in training.
             balance: Coefficient of the balance loss, see `scale_balance`.
             mixture: False builds the twin: one head as large as K experts in place of the mixture.
+            linear_path: Adds a linear map of the latest day's features to the score, which starts at 0. Encoder and
+                experts then need to learn only what is not linear.
 
         Raises:
             UnknownNameError: There is no such encoder.
@@ -109,12 +112,16 @@ class Miga(nn.Module):
         self.expert_dropout = expert_dropout
         self.balance = balance
         self.mixture = mixture
+        self.linear_path = linear_path
         self.register_buffer("feature_median", torch.zeros(features))
         self.register_buffer("feature_scale", torch.ones(features))
         self.encode = ENCODERS[encoder](features, window, hidden_dim, layers, dropout)
         self.norm = nn.LayerNorm(hidden_dim)
         self.experts = self.build_mixture() if mixture else self.build_twin()
         self.readout = nn.Linear(expert_dim, 1)
+        if linear_path:
+            self.linear = nn.Linear(features, 1, bias=False)
+            nn.init.zeros_(self.linear.weight)
 
     def build_mixture(self) -> MoELayer:
         """Router, experts and the attention between them.
@@ -178,12 +185,16 @@ class Miga(nn.Module):
                 f"features has shape {tuple(features.shape)}, expected (N, {self.window}, {self.features}): stocks, "
                 "days, features."
             )
-        state = self.norm(self.encode(self.standardise(features)))
+        scaled = self.standardise(features)
+        state = self.norm(self.encode(scaled))
         if isinstance(self.experts, MoELayer):
             heard, routing = self.experts(state, return_routing=True)
         else:
             heard, routing = self.experts(state), None
-        return self.readout(heard).squeeze(-1), routing
+        scores = self.readout(heard)
+        if self.linear_path:
+            scores = scores + self.linear(scaled[:, -1])
+        return scores.squeeze(-1), routing
 
     def explain(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Score a day's stocks, and say how much each expert weighed; the argument is that of `score`.

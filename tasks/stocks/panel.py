@@ -290,22 +290,28 @@ class Style(NamedTuple):
         volume_noise: Standard deviation of a day's log volume.
         momentum: Weight of the return of five days.
         surge: Weight of the day's unusual volume.
+        shadow: Weight of how far the day's high lies above its open and close.
     """
 
     volatility: float
     volume_noise: float
     momentum: float
     surge: float
+    shadow: float
 
 
-# Over all stocks the weights cancel: a single linear head earns nothing.
+# The corners of a tetrahedron: any two rules contradict each other as much as they can, so no expert serves two styles
+# well; and over all stocks the weights cancel, so a single linear head earns nothing.
 STYLES = (
-    Style(volatility=0.010, volume_noise=0.2, momentum=1, surge=0),
-    Style(volatility=0.010, volume_noise=0.6, momentum=-1, surge=0),
-    Style(volatility=0.025, volume_noise=0.2, momentum=0, surge=1),
-    Style(volatility=0.025, volume_noise=0.6, momentum=0, surge=-1),
+    Style(volatility=0.01, volume_noise=0.2, momentum=1, surge=1, shadow=1),
+    Style(volatility=0.01, volume_noise=0.8, momentum=-1, surge=-1, shadow=1),
+    Style(volatility=0.03, volume_noise=0.2, momentum=-1, surge=1, shadow=-1),
+    Style(volatility=0.03, volume_noise=0.8, momentum=1, surge=-1, shadow=-1),
 )
+DRIVERS = 3
 MOMENTUM_DAYS = 5
+# Mean and standard deviation of the size of a standard normal number.
+HALF_NORMAL = np.sqrt(2 / np.pi), np.sqrt(1 - 2 / np.pi)
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,25 +350,27 @@ def generate_market(
     random = np.random.default_rng(seed)
     shape = days, stocks
     styles = _draw_regimes(random, shape, 1 / regime_days)
-    volatility, volume_noise, momentum, surge = np.array(STYLES).T[:, styles]
-    unusual = random.standard_normal(shape)
-    noise = random.standard_normal(shape)
+    volatility, volume_noise, momentum, surge, shadow = np.array(STYLES).T[:, styles]
+    unusual, noise = random.standard_normal((2, *shape))
+    gap, above, below = random.standard_normal((3, *shape))
+    reach = (np.abs(above) - HALF_NORMAL[0]) / HALF_NORMAL[1]
     own, expected = np.zeros((2, *shape))
     for day in range(1, days):
         drift = expected[day - LABEL_DAYS] if day >= LABEL_DAYS else 0.0
         own[day] = own[day - 1] + drift + np.sqrt(1 - signal**2) * volatility[day] * noise[day]
         trend = (own[day] - own[max(day - MOMENTUM_DAYS, 0)]) / (volatility[day] * np.sqrt(MOMENTUM_DAYS))
-        expected[day] = signal * volatility[day] * (momentum[day] * trend + surge[day] * unusual[day])
+        rule = momentum[day] * trend + surge[day] * unusual[day] + shadow[day] * reach[day]
+        expected[day] = signal * volatility[day] * rule / np.sqrt(DRIVERS)
     market = 0.005 * random.standard_normal((days, 1)).cumsum(axis=0)
     close = np.exp(random.normal(3, 0.5, stocks) + market + own)
-    gap, above, below = 0.3 * volatility * random.standard_normal((3, *shape))
-    opened = np.vstack([close[:1], close[:-1]]) * np.exp(gap)
+    within = 0.3 * volatility
+    opened = np.vstack([close[:1], close[:-1]]) * np.exp(within * gap)
     panel = Panel(
         dates=np.arange(days) + np.datetime64("2000-01-01"),
         symbols=tuple(f"S{number:04}" for number in range(stocks)),
         open=opened,
-        high=np.maximum(opened, close) * np.exp(np.abs(above)),
-        low=np.minimum(opened, close) * np.exp(-np.abs(below)),
+        high=np.maximum(opened, close) * np.exp(within * np.abs(above)),
+        low=np.minimum(opened, close) * np.exp(-within * np.abs(below)),
         close=close,
         volume=np.exp(random.normal(14, 1, stocks) + volume_noise * unusual),
     )

@@ -8,12 +8,20 @@ import pytest
 import torch
 from torch import nn
 
+from tasks.stocks.data import StocksDataModule
+from tasks.stocks.evaluate import routing_agreement
+from tasks.stocks.losses import ic_loss
 from tasks.stocks.model import ENCODERS, ConvBlock, GroupAttention, Miga
 from tasks.stocks.panel import RobustScaler
 from zoo import hub
 from zoo.moe import collect_aux_losses, load_balancing_loss, record_usage
 
 FEATURES, WINDOW = 5, 6
+# What tells styles apart, and what their rules read.
+PLANTED = [
+    *("STD5", "STD20", "STD60", "VSTD5", "VSTD20", "VSTD60"),
+    *("ROC5", "MA5", "MA10", "VMA5", "VMA20", "WVMA20", "KUP"),
+]
 SMALL: dict[str, Any] = {
     "features": FEATURES,
     "window": WINDOW,
@@ -157,6 +165,21 @@ def test_without_layers_the_encoder_is_linear_in_the_latest_day() -> None:
     assert torch.equal(model.encode(torch.cat([second[:, :-1], first[:, -1:]], 1)), model.encode(first))
 
 
+@pytest.mark.parametrize("mixture", [True, False])
+def test_the_linear_path_adds_the_latest_days_scaled_features(mixture: bool) -> None:
+    with_path, without = miga(linear_path=True, mixture=mixture), miga(mixture=mixture)
+    for model in (with_path, without):
+        model.standardise_by(RobustScaler(*np.float32([[2.0], [0.5]]).repeat(FEATURES, 1)))
+    missing, unexpected = with_path.load_state_dict(without.state_dict(), strict=False)
+    assert missing == ["linear.weight"] and not unexpected
+    features = 2 + 0.5 * day()
+    assert torch.equal(with_path(features), without(features))
+    weight = torch.arange(FEATURES) - 2.0
+    with_path.linear.weight.data.copy_(weight)
+    added = with_path(features) - without(features)
+    assert torch.allclose(added, ((features[:, -1] - 2) / 0.5).clamp(-3, 3) @ weight, atol=1e-5)
+
+
 def test_features_are_scaled_as_the_scaler_does() -> None:
     random = np.random.default_rng(0)
     features = random.normal(5, 10, (4, WINDOW, FEATURES)).astype(np.float32)
@@ -266,3 +289,41 @@ def test_arguments_that_do_not_fit(arguments: dict[str, Any], words: str) -> Non
 def test_features_that_do_not_fit(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected \(N, 6, 5\)"):
         miga()(torch.zeros(shape))
+
+
+# --- the mechanism ---------------------------------------------------------------------------------------------------
+
+
+def trained_on(data: StocksDataModule, mixture: bool) -> Miga:
+    """A network as of configs/stocks/planted.yaml after four quick epochs."""
+    torch.manual_seed(0)
+    network = {"layers": 0, "hidden_dim": 16, "num_groups": 4, "experts_per_group": 1, "top_k": 2, "balance": 0.03}
+    model = Miga(len(PLANTED), 1, activation="identity", mixture=mixture, **network)
+    model.standardise_by(data.scaler)
+    days = [data.train_set[place] for place in range(len(data.train_set))]
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.03, 4 * len(days), pct_start=0.1)
+    for epoch in range(4):
+        for place in np.random.default_rng((0, epoch)).permutation(len(days)):
+            loss = ic_loss(model(days[place].features), days[place].labels) + collect_aux_losses(model).total
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def test_routing_finds_planted_styles_and_beats_one_head() -> None:
+    market = {"days": 400, "stocks": 400, "signal": 0.35}
+    data = StocksDataModule(source="generated", features=PLANTED, window=1, market=market)
+    data.setup()
+    days = [data.test_set[place] for place in range(len(data.test_set))]
+    ic = {}
+    for mixture in (False, True):
+        model = trained_on(data, mixture)
+        with torch.no_grad():
+            scores, weights = zip(*(model.explain(day.features) for day in days), strict=True)
+        ic[mixture] = np.mean([-float(ic_loss(*pair)) for pair in zip(scores, [d.returns for d in days], strict=True)])
+    styles = [data.styles[row, day.positions] for row, day in zip(data.test_set.days, days, strict=True)]
+    assert routing_agreement(torch.cat(weights).numpy(), 4, np.concatenate(styles)) >= 0.7
+    assert ic[True] - ic[False] > 0.02

@@ -17,7 +17,7 @@ from zoo import hub
 from zoo.cli import main
 from zoo.errors import UnknownNameError
 
-SMALL = ["--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--data.window=3"]
+SMALL = ["--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--data.window=3", "--data.features=alpha20"]
 GENERATED = ["--data.source=generated", "--data.train_index=null", "--data.market={days: 190, stocks: 24}", *SMALL]
 NETWORK = "features: 20, window: 3, hidden_dim: 8, expert_dim: 4, num_groups: 2, experts_per_group: 3, top_k: 2"
 CONFIGS = sorted(Path("configs/stocks").glob("*.yaml"))
@@ -96,7 +96,8 @@ def test_test_scores_beside_the_twin_and_volatility(trained: Path, tmp_path: Pat
 
 
 def test_predict_ranks_the_latest_day_of_a_file(trained: Path, bars: Path, tmp_path: Path, capsys) -> None:
-    columns = ["--data.columns={symbol: ticker, date: day}", "--data.window=3", "--trainer.enable_progress_bar=false"]
+    columns = ["--data.columns={symbol: ticker, date: day}", "--trainer.enable_progress_bar=false"]
+    columns += ["--data.window=3", "--data.features=alpha20"]
     model = ["--model.network=null", "--model.pretrained", str(trained / "checkpoint")]
     main(
         [
