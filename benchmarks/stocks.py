@@ -20,13 +20,13 @@ from torch import nn
 from tasks.stocks.model import Miga, MigaEnsemble
 from zoo.report import print_table
 
-FEATURES, WINDOW, SEEDS = 20, 20, 5
+FEATURES, WINDOW, SEEDS = 158, 5, 5
 
 
 def contenders() -> dict[str, nn.Module]:
     """All by name, in eval mode."""
     torch.manual_seed(0)
-    network: dict[str, Any] = {"features": FEATURES, "window": WINDOW}
+    network: dict[str, Any] = {"features": FEATURES, "window": WINDOW, "linear_path": True}
     models: dict[str, nn.Module] = {
         "ours": Miga(**network),
         "dense": Miga(**network, mixture=False),
