@@ -292,14 +292,18 @@ def _how_to_resume(folder: Path) -> str:
 
 
 def _by_name(command: str, args: Sequence[str]) -> list[str]:
-    """`test NAME ...` is `test -c <its config> --model.pretrained NAME ...`."""
+    """`test NAME ...` is `test -c <its config> --model.pretrained NAME ...`, without the network that it would build."""
     if command == "fit" or not args or args[0].startswith("-"):
         return list(args)
     name, *rest = args
     config = hub.info(name).path / "config.yaml"
     if not config.is_file():
         raise CheckpointError(f"{name} holds no config.yaml, so give one: moe-zoo {command} -c CONFIG.")
-    return ["-c", str(config), f"--model.pretrained={name}", *rest]
+    import yaml
+
+    arguments = yaml.safe_load(config.read_text()).get("model", {}).get("init_args", {})
+    without = ["--model.network=null"] if "network" in arguments else []
+    return ["-c", str(config), f"--model.pretrained={name}", *without, *rest]
 
 
 def _located(args: Sequence[str]) -> list[str]:

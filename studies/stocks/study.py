@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ PARTS = ("val", "test")
 DIGITS = 6
 # Just enough to see that everything runs.
 GENERATED = {"days": 220, "stocks": 24}
+# What a released checkpoint's card says besides.
+RELEASED = {
+    "description": (
+        "The mean score of networks that differ in their seeds alone. Ranks the stocks of one day by features of the "
+        "last five days, which it scales itself; the level of a score means nothing. Learned from stocks that were "
+        "never delisted, without ChiNext and STAR (survivorship). A research result on few years: no advice, no promise "
+        "of profit."
+    ),
+    "weights_licence": "Apache-2.0",
+}
+CHINESE = "daily bars: none stated (Tushare), do not redistribute; index membership: MIT"
+TERMS = {"csi300": CHINESE, "csi500": CHINESE, "sp500": "MIT", "generated": "synthetic, none"}
 # What is compared with what, day by day.
 PAIRS = (("miga-conv", "twin"), ("miga-conv", "no-attention"), ("miga-conv", "gru"), ("miga-conv", "low-volatility"))
 
@@ -250,7 +263,7 @@ def release(options: argparse.Namespace) -> Path:
         network: Any = ensemble.members[place]
         network.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
         ensemble.score_scale[place] = float(np.nanstd(score_days(network.eval(), data.val_set), axis=1).mean())
-    card = miga_card(ensemble.first, data, method.epochs)
+    card = replace(miga_card(ensemble.first, data, method.epochs), **RELEASED, data_terms=TERMS[options.source])
     config = (hub.assets() / "configs/stocks/miga-conv.yaml").read_text()
     return hub.save(ensemble.eval(), options.out, card=card, golden_input=data.val_set[0].features[:32], config=config)
 

@@ -78,8 +78,7 @@ def test_fit_saves_the_best_epoch_with_the_scaling_of_the_training_days(trained:
 
 def test_test_scores_beside_the_twin_and_volatility(trained: Path, tmp_path: Path) -> None:
     checkpoint = str(trained / "checkpoint")
-    pretrained = ["--model.network=null", "--model.pretrained", checkpoint, "--model.twin", checkpoint]
-    metrics = main(["test", "-c", "configs/stocks/miga-conv.yaml", *GENERATED, *pretrained, "--out", str(tmp_path)])
+    metrics = main(["test", checkpoint, *GENERATED, "--model.twin", checkpoint, "--out", str(tmp_path)])
     for method in ("", "twin/", f"{LOW_VOLATILITY}/"):
         assert {f"{method}{name}" for name in METRICS} <= set(metrics)
     assert metrics["RankIC"] == metrics["twin/RankIC"] and metrics["minus_twin/RankIC/high"] == 0
