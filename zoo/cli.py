@@ -292,7 +292,7 @@ def _how_to_resume(folder: Path) -> str:
 
 
 def _by_name(command: str, args: Sequence[str]) -> list[str]:
-    """`test NAME ...` is `test -c <its config> --model.pretrained NAME ...`, without the network that it would build."""
+    """`test NAME ...` is `test -c <its config> --model.pretrained NAME ...`; the config's network is left out."""
     if command == "fit" or not args or args[0].startswith("-"):
         return list(args)
     name, *rest = args

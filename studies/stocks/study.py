@@ -46,8 +46,8 @@ RELEASED = {
     "description": (
         "The mean score of networks that differ in their seeds alone. Ranks the stocks of one day by features of the "
         "last five days, which it scales itself; the level of a score means nothing. Learned from stocks that were "
-        "never delisted, without ChiNext and STAR (survivorship). A research result on few years: no advice, no promise "
-        "of profit."
+        "never delisted, without ChiNext and STAR (survivorship). A research result on few years: no advice, no "
+        "promise of profit."
     ),
     "weights_licence": "Apache-2.0",
 }
