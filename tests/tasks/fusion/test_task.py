@@ -132,3 +132,8 @@ def test_real_pairs_are_read_and_scored(trained: Path, tmp_path: Path) -> None:
     metrics = main(["test", "-c", "configs/fusion/roadscene.yaml", *arguments, "--out", str(tmp_path)])
     assert metrics["infrared/MI_ir"] > metrics["visible/MI_ir"] > 0
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fusion/moe-fusion-roadscene", "fusion/twin-roadscene"])
+def test_shipped_checkpoints_verify(name: str) -> None:
+    hub.verify(name)

@@ -21,6 +21,7 @@ SMALL = ["--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--dat
 GENERATED = ["--data.source=generated", "--data.train_index=null", "--data.market={days: 190, stocks: 24}", *SMALL]
 NETWORK = "features: 20, window: 3, hidden_dim: 8, expert_dim: 4, num_groups: 2, experts_per_group: 3, top_k: 2"
 CONFIGS = sorted(Path("configs/stocks").glob("*.yaml"))
+RELEASED = "stocks/miga-conv-csi300"
 METRICS = {
     *("IC", "ICIR", "RankIC", "RankICIR", "neutral_RankIC", "excess_AR", "excess_AR_cost", "IR_cost", "MDD_cost"),
     *("turnover", "coverage"),
@@ -92,6 +93,16 @@ def test_test_scores_beside_the_twin_and_volatility(trained: Path, tmp_path: Pat
     # Anyone can re-score it: a day's IC follows from its rows.
     by_day = [day["score"].corr(day["target"]) for _, day in rows.groupby("date")]
     assert np.mean(by_day) == pytest.approx(metrics["IC"], abs=1e-6)
+
+
+def test_the_shipped_checkpoint_verifies_scores_and_predicts(tmp_path: Path) -> None:
+    hub.verify(RELEASED)
+    source = ["--data.source=generated", "--data.train_index=null", "--data.market={days: 190, stocks: 24}"]
+    metrics = main(["test", RELEASED, *source, "--out", str(tmp_path / "test")])
+    assert metrics["coverage"] == 100 and np.isfinite(metrics["RankIC"])
+    main(["predict", RELEASED, *source, "--out", str(tmp_path / "latest")])
+    rows = pd.read_parquet(tmp_path / "latest/predictions.parquet")
+    assert len(rows) == 24 and rows["score"].is_monotonic_decreasing
 
 
 def test_predict_ranks_the_latest_day_of_a_file(trained: Path, bars: Path, tmp_path: Path, capsys) -> None:

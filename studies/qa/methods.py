@@ -1,0 +1,115 @@
+"""The methods of the comparison as plain data: readers learned in domain, and what a second stage makes of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One line of the table.
+
+    Attributes:
+        what: In words.
+        start: The method whose reader a second stage goes on from; None builds a new one.
+        network: Arguments of `QAReader` for a new one.
+        data: Arguments of `QADataModule`; what its augmentation draws follows the run's seed.
+        task: Arguments of `QATask`.
+        epochs: All of them: nothing is chosen among epochs.
+    """
+
+    what: str
+    start: str | None = None
+    network: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 1
+
+
+def reader(what: str, lr: float = 1e-4, **network: Any) -> Method:
+    """A reader that learns in domain.
+
+    Args:
+        what: In words.
+        lr: Peak learning rate.
+        network: Arguments of `QAReader`.
+    """
+    data = {"stage": "in_domain", "keep_empty": 0.5}
+    return Method(what, network={"freeze": "embeddings", **network}, data=data, task={"lr": lr})
+
+
+def out_of_domain(
+    start: str, what: str, copies: int = 0, freezing: Mapping[str, Any] | None = None, epochs: int = 1
+) -> Method:
+    """A second stage on the few out-of-domain questions.
+
+    Args:
+        start: The method whose reader it goes on from.
+        what: In words.
+        copies: New contexts of each question by EDA; 0 is without augmentation.
+        freezing: What is not trained from now on.
+        epochs: Over questions and copies.
+    """
+    data = {"stage": "ood", "keep_empty": 0.2} | ({"augment": {"copies": copies}} if copies else {})
+    return Method(what, start, data=data, task={"lr": 3e-5, "freezing": dict(freezing or {})}, epochs=epochs)
+
+
+INSIDE: dict[str, Any] = {"moe_layers": [-2, -1], "num_experts": 4}
+HEAD: dict[str, Any] = {"placement": "head", "num_experts": 4}
+# With the base frozen but for LoRA and the experts, or with narrow experts, a checkpoint stays below 25 MB.
+LORA: dict[str, Any] = {**INSIDE, "freeze": "base", "lora_rank": 16}
+ADAPTERS: dict[str, Any] = {**INSIDE, "experts": "adapters"}
+
+METHODS: dict[str, Method] = {
+    # With one full expert per token, the plain encoder is the twin: the same network with as many active parameters.
+    "dense": reader("plain encoder", moe_layers=[], mixture=False),
+    "moe": reader("4 upcycled experts in the last two layers, top-1", **INSIDE),
+    "moe-top2": reader("the same, top-2", **INSIDE, top_k=2),
+    "head": reader("4 upcycled experts behind the last layer, top-1", **HEAD),
+    "twin-top2": reader("moe-top2 with one network twice as wide", **INSIDE, top_k=2, mixture=False),
+    "twin-head": reader("head with one network", **HEAD, mixture=False),
+    "moe-lora": reader("moe with the base frozen and LoRA in the attention", 3e-4, **LORA),
+    "twin-lora": reader("moe-lora with one network", 3e-4, **LORA, mixture=False),
+    "adapters": reader("4 adapters beside the last two networks, top-1", **ADAPTERS),
+    "twin-adapters": reader("adapters with one adapter", **ADAPTERS, mixture=False),
+}
+# Without augmentation the questions are seen as often as they and their copies together, in about as many steps.
+COPIES = 2
+for name in list(METHODS):
+    METHODS |= {
+        f"{name}-ood": out_of_domain(name, f"{name}, then out of domain", epochs=1 + COPIES),
+        f"{name}-ood-eda": out_of_domain(name, f"{name}, then out of domain with EDA", COPIES),
+    }
+METHODS["moe-ood-eda-frozen"] = out_of_domain(
+    "moe", "moe-ood-eda with its experts frozen", COPIES, {"freeze_experts": True}
+)
+
+# The table; the others run when they are named.
+MAIN = (
+    "dense",
+    "moe",
+    "moe-top2",
+    "head",
+    "dense-ood",
+    "moe-ood",
+    "dense-ood-eda",
+    "moe-ood-eda",
+    "moe-ood-eda-frozen",
+)
+# What is compared with what, on the same questions.
+PAIRS = (
+    ("moe-ood-eda", "dense"),
+    ("moe-ood-eda", "dense-ood-eda"),
+    ("moe", "dense"),
+    ("dense-ood-eda", "dense-ood"),
+    ("moe-ood-eda", "moe-ood"),
+    ("moe-ood-eda-frozen", "moe-ood-eda"),
+    ("moe-top2", "twin-top2"),
+    ("head", "twin-head"),
+    ("moe-lora-ood-eda", "dense"),
+    ("moe-lora-ood-eda", "twin-lora-ood-eda"),
+    ("adapters-ood-eda", "dense"),
+    ("adapters-ood-eda", "twin-adapters-ood-eda"),
+)
+# What the figure shows.
+SHOWN = ("dense", "moe", "dense-ood-eda", "moe-ood-eda")
