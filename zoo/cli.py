@@ -299,11 +299,19 @@ def _by_name(command: str, args: Sequence[str]) -> list[str]:
     config = hub.info(name).path / "config.yaml"
     if not config.is_file():
         raise CheckpointError(f"{name} holds no config.yaml, so give one: moe-zoo {command} -c CONFIG.")
+    without = ["--model.network=null"] if _builds_network(config) else []
+    return ["-c", str(config), f"--model.pretrained={name}", *without, *rest]
+
+
+def _builds_network(config: Path) -> bool:
     import yaml
 
-    arguments = yaml.safe_load(config.read_text()).get("model", {}).get("init_args", {})
-    without = ["--model.network=null"] if "network" in arguments else []
-    return ["-c", str(config), f"--model.pretrained={name}", *without, *rest]
+    try:
+        content = yaml.safe_load(config.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"{config} is damaged, no YAML: {' '.join(str(error).split())}") from error
+    model = content.get("model") if isinstance(content, dict) else None
+    return isinstance(model, dict) and "network" in (model.get("init_args") or {})
 
 
 def _located(args: Sequence[str]) -> list[str]:

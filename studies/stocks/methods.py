@@ -7,8 +7,7 @@ from typing import Any
 DAYS = {"features": "alpha158", "window": 5}
 LATEST = {"features": "alpha158", "window": 1}
 LONG = {"features": "alpha20", "window": 20}
-# Of all networks, so that what differs is what a method's line says. Without the linear path all fall behind ridge
-# regression on the validation year.
+# Of all networks, so that what differs is what a method's line says.
 COMMON = {"features": 158, "window": 5, "dropout": 0.3, "linear_path": True}
 EXPERTS = {"balance": 0.02, "expert_dropout": 0.1}
 

@@ -41,18 +41,23 @@ PARTS = ("val", "test")
 DIGITS = 6
 # Just enough to see that everything runs.
 GENERATED = {"days": 220, "stocks": 24}
-# What a released checkpoint's card says besides.
-RELEASED = {
-    "description": (
-        "The mean score of networks that differ in their seeds alone. Ranks the stocks of one day by features of the "
-        "last five days, which it scales itself; the level of a score means nothing. Learned from stocks that were "
-        "never delisted, without ChiNext and STAR (survivorship). A research result on few years: no advice, no "
-        "promise of profit."
-    ),
-    "weights_licence": "Apache-2.0",
+# What a released checkpoint's card says of it, and by source of the data's gaps and terms.
+DESCRIPTION = (
+    "The mean score of networks that differ in their seeds alone. Ranks the stocks of one day by features of the last "
+    "days, which it scales itself; the level of a score means nothing. {gaps} A research result on few years: no "
+    "advice, no promise of profit."
+)
+CHINESE = (
+    "Learned from stocks that were never delisted, without ChiNext and STAR (survivorship).",
+    "daily bars: none stated (Tushare), do not redistribute; index membership: MIT",
+)
+AMERICAN = ("Learned from all stocks of the file: who was a member when is not known (survivorship).", "MIT")
+ABOUT = {
+    "csi300": CHINESE,
+    "csi500": CHINESE,
+    "sp500": AMERICAN,
+    "generated": ("Learned from a synthetic market.", "synthetic, none"),
 }
-CHINESE = "daily bars: none stated (Tushare), do not redistribute; index membership: MIT"
-TERMS = {"csi300": CHINESE, "csi500": CHINESE, "sp500": "MIT", "generated": "synthetic, none"}
 # What is compared with what, day by day.
 PAIRS = (("miga-conv", "twin"), ("miga-conv", "no-attention"), ("miga-conv", "gru"), ("miga-conv", "low-volatility"))
 
@@ -263,7 +268,13 @@ def release(options: argparse.Namespace) -> Path:
         network: Any = ensemble.members[place]
         network.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
         ensemble.score_scale[place] = float(np.nanstd(score_days(network.eval(), data.val_set), axis=1).mean())
-    card = replace(miga_card(ensemble.first, data, method.epochs), **RELEASED, data_terms=TERMS[options.source])
+    gaps, terms = ABOUT[options.source]
+    card = replace(
+        miga_card(ensemble.first, data, method.epochs),
+        description=DESCRIPTION.format(gaps=gaps),
+        data_terms=terms,
+        weights_licence="Apache-2.0",
+    )
     config = (hub.assets() / "configs/stocks/miga-conv.yaml").read_text()
     return hub.save(ensemble.eval(), options.out, card=card, golden_input=data.val_set[0].features[:32], config=config)
 

@@ -301,7 +301,7 @@ class Style(NamedTuple):
 
 
 # The corners of a tetrahedron: any two rules contradict each other as much as they can, so no expert serves two styles
-# well; and over all stocks the weights cancel, so a single linear head earns nothing.
+# well. Over all stocks the weights cancel, though not in features whose size differs from style to style.
 STYLES = (
     Style(volatility=0.01, volume_noise=0.2, momentum=1, surge=1, shadow=1),
     Style(volatility=0.01, volume_noise=0.8, momentum=-1, surge=-1, shadow=1),

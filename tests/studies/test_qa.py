@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from transformers import BertConfig, BertModel
 
 import zoo
 from studies.qa import study
@@ -15,9 +14,8 @@ from studies.qa.methods import MAIN, METHODS, PAIRS, SHOWN
 from studies.qa.study import Run
 from tasks.qa.data import QADataModule
 from tasks.qa.evaluate import score_answers
-from tasks.qa.examples import generate_examples
 from tasks.qa.task import OURS, QATask
-from tests.tasks.qa.builders import texts_of, word_pieces
+from tests.tasks.qa.builders import save_base
 from zoo import hub
 from zoo.errors import DataNotFoundError, UnknownNameError
 
@@ -29,20 +27,7 @@ CHOSEN = (*FIRST, *SECOND)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with a tiny BERT and its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = word_pieces(texts_of(generate_examples(300)))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=256,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_base(tmp_path_factory.mktemp("base"), 32, 256)
 
 
 @pytest.fixture(scope="module")

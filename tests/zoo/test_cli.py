@@ -122,6 +122,13 @@ def test_a_checkpoint_is_scored_by_its_name_and_by_its_folder(checkpoint, here):
     assert zoo.evaluate(folder, data_root=here) == by_name
 
 
+@pytest.mark.parametrize("text", ["model: [", "", "model: toy.ToyTask"])
+def test_a_checkpoints_config_that_names_no_network(text, checkpoint, here, capsys):
+    (here / "checkpoints/toy/one/config.yaml").write_text(text)
+    told = sentence(capsys, "test", checkpoint)
+    assert ("config.yaml is damaged, no YAML" in told) == (text == "model: [")
+
+
 def test_an_interrupted_run_resumes_as_if_nothing_had_happened():
     write("toy.yaml", CONFIG | {"trainer": CONFIG["trainer"] | {"max_epochs": 3}})
     main(["fit", "-c", "toy.yaml", "--out", "whole"])

@@ -1,11 +1,13 @@
-"""Small tokenizers made at run time, and texts to make them from."""
+"""Small tokenizers and encoders made at run time, and texts to make them from."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tasks.qa.examples import Example, generate_examples
 
@@ -50,3 +52,26 @@ def word_pieces(texts: Sequence[str] | None = None, vocab_size: int = 600) -> Pr
         sep_token="[SEP]",
         mask_token="[MASK]",
     )
+
+
+def save_base(folder: Path, width: int, length: int) -> str:
+    """A BERT of two layers and the tokenizer of generated questions, as a folder that serves as a base.
+
+    Args:
+        folder: Where.
+        width: Of its states; the feed-forward networks are twice as wide.
+        length: Most tokens of a window.
+    """
+    tokenizer = word_pieces(texts_of(generate_examples(300)))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=width // 16,
+        intermediate_size=2 * width,
+        max_position_embeddings=length,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

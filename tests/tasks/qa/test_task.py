@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 from command_line import sentence
-from transformers import BertConfig, BertModel
 
 import zoo
 from tasks.qa.decode import Answer
@@ -17,7 +16,7 @@ from tasks.qa.evaluate import f1_score
 from tasks.qa.examples import generate_examples
 from tasks.qa.model import QAReader
 from tasks.qa.task import OVERLAP, QATask, in_the_text, shares_in_words
-from tests.tasks.qa.builders import texts_of, word_pieces
+from tests.tasks.qa.builders import save_base, word_pieces
 from zoo import hub
 from zoo.cli import main
 from zoo.errors import UnknownNameError
@@ -31,20 +30,7 @@ CONTEXT = "Ada Lovelace was born in London in 1815. She wrote the first program.
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a tiny BERT and its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = word_pieces(texts_of(generate_examples(300)))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=128,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_base(tmp_path_factory.mktemp("base"), 64, 128)
 
 
 def generated(base: str, limit: int = 12) -> list[str]:
