@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 IN_CI := $(filter true,$(CI))
 CONSTRAINTS := $(if $(IN_CI),$(wildcard .ci/constraints.txt))
+# Tests run on one thread each, so a process per core halves the time of two cores.
+PARALLEL := -n auto --maxprocesses 4
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(IN_CI),-qq) $(addprefix -c ,$(CONSTRAINTS))
 # Prints where the outer Python has a torch and a torchvision that fit: they are seen from .venv, not installed again.
 FITTING_TORCH := from importlib.metadata import distribution; \
@@ -20,10 +22,10 @@ demo: $(VENV)/.installed ## customise a handwriting model in front of your eyes
 	$(BIN)/moe-zoo demo customization
 
 test: $(VENV)/.installed-dev ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(VENV)/.installed-dev ## run the tests that do not train
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 lint: $(VENV)/.installed-dev ## check style, format and types
 	$(BIN)/python -m ruff check .

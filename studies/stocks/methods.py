@@ -41,11 +41,18 @@ def one_head(what: str, **changes: Any) -> Method:
 
 MIGA = Method("MIGA, convolutional encoder", EXPERTS)
 MLP: dict[str, Any] = {"network": {"window": 1}, "data": LATEST}
-GRU20: dict[str, Any] = {
-    "network": {"encoder": "gru", "features": 20, "window": 20, "linear_path": False},
-    "data": LONG,
-    "lr": 3e-4,
-}
+
+
+def long(network: Mapping[str, Any]) -> dict[str, Any]:
+    """What a network on 20 features of 20 days changes."""
+    return {
+        "network": {**network, "features": 20, "window": 20, "linear_path": False},
+        "data": LONG,
+        "lr": 3e-4,
+    }
+
+
+GRU20 = long({"encoder": "gru"})
 
 METHODS: dict[str, Method] = {
     "miga-conv": MIGA,
@@ -53,6 +60,10 @@ METHODS: dict[str, Method] = {
     "miga-transformer": replace(
         MIGA, what="MIGA, Transformer", network={**EXPERTS, "encoder": "transformer", "layers": 1}
     ),
+    "miga-conv-20": replace(
+        MIGA, what="MIGA on 20 features of 20 days, convolutional, no linear path", **long({**EXPERTS})
+    ),
+    "miga-gru-20": replace(MIGA, what="the same, GRU", **long({**EXPERTS, "encoder": "gru"})),
     "no-attention": replace(
         MIGA, what="miga-conv without attention in groups", network={**EXPERTS, "attention": False}
     ),
