@@ -60,10 +60,9 @@ METHODS: dict[str, Method] = {
     "miga-transformer": replace(
         MIGA, what="MIGA, Transformer", network={**EXPERTS, "encoder": "transformer", "layers": 1}
     ),
-    "miga-conv-20": replace(
-        MIGA, what="MIGA on 20 features of 20 days, convolutional, no linear path", **long({**EXPERTS})
+    "miga-gru-20": replace(
+        MIGA, what="MIGA, GRU on 20 features of 20 days, no linear path", **long({**EXPERTS, "encoder": "gru"})
     ),
-    "miga-gru-20": replace(MIGA, what="the same, GRU", **long({**EXPERTS, "encoder": "gru"})),
     "no-attention": replace(
         MIGA, what="miga-conv without attention in groups", network={**EXPERTS, "attention": False}
     ),
