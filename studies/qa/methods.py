@@ -26,16 +26,15 @@ class Method:
     epochs: int = 1
 
 
-def reader(what: str, lr: float = 1e-4, **network: Any) -> Method:
+def reader(what: str, **network: Any) -> Method:
     """A reader that learns in domain.
 
     Args:
         what: In words.
-        lr: Peak learning rate.
         network: Arguments of `QAReader`.
     """
-    data = {"stage": "in_domain", "keep_empty": 0.5}
-    return Method(what, network={"freeze": "embeddings", **network}, data=data, task={"lr": lr})
+    data = {"stage": "in_domain", "keep_empty": 0.1}
+    return Method(what, network={"freeze": "embeddings", **network}, data=data, task={"lr": 3e-4})
 
 
 def out_of_domain(
@@ -68,8 +67,8 @@ METHODS: dict[str, Method] = {
     "head": reader("4 upcycled experts behind the last layer, top-1", **HEAD),
     "twin-top2": reader("moe-top2 with one network twice as wide", **INSIDE, top_k=2, mixture=False),
     "twin-head": reader("head with one network", **HEAD, mixture=False),
-    "moe-lora": reader("moe with the base frozen and LoRA in the attention", 3e-4, **LORA),
-    "twin-lora": reader("moe-lora with one network", 3e-4, **LORA, mixture=False),
+    "moe-lora": reader("moe with the base frozen and LoRA in the attention", **LORA),
+    "twin-lora": reader("moe-lora with one network", **LORA, mixture=False),
     "adapters": reader("4 adapters beside the last two networks, top-1", **ADAPTERS),
     "twin-adapters": reader("adapters with one adapter", **ADAPTERS, mixture=False),
 }

@@ -347,7 +347,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--source", default="robustqa", choices=["robustqa", "generated"])
     parser.add_argument("--base", default=MINILM, help="the encoder")
-    parser.add_argument("--limit", type=int, default=600, help="questions of a domain to learn from")
+    parser.add_argument("--limit", type=int, help="questions of a domain to learn from; all by default")
     parser.add_argument("--score-limit", type=int, default=300, help="test questions of a domain")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where results/ and runs/ are")
     parser.add_argument("--threads", type=int, default=1, help="of torch")

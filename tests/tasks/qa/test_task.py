@@ -176,8 +176,8 @@ def test_bad_words_and_bases_that_differ(trained: Path, base: str, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_tiny_reader_learns_the_generated_questions(base: str, tmp_path: Path) -> None:
-    data = [*generated(base), "--data.limit=null", "--data.max_length=128", "--data.batch_size=32"]
-    options = ["--trainer.max_epochs=12", "--model.lr=3e-3", "--data.augment=null"]
+    data = [*generated(base), "--data.limit=null", "--data.max_length=128", "--data.batch_size=16"]
+    options = ["--trainer.max_epochs=12", "--model.lr=2e-3", "--data.augment=null"]
     command = ["fit", "-c", "configs/qa/minilm-moe.yaml", *network(base, freeze="nothing")]
     main([*command, *data, *options, "--out", str(tmp_path)])
     test = ["test", "-c", "configs/qa/minilm-moe.yaml", "--model.network=null"]
