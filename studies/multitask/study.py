@@ -1,0 +1,413 @@
+"""SMoRA, MoLA and other mixtures of LoRA experts beside plain LoRA, on nine tasks at once, over seeds.
+
+    python -m studies.multitask.study --tune                  short runs that choose each method's learning rate
+    python -m studies.multitask.study                         run what is missing, then write the tables and the figure
+    python -m studies.multitask.study --methods smora lora-r64 --seeds 0 1
+    python -m studies.multitask.study --only table            only write them
+    python -m studies.multitask.study --release smora --seed 0 --commit COMMIT --out FOLDER    a run as a checkpoint
+
+Every (method, seed) is one JSON file in `results/`, every trial of a rate one in `trials/`; what has one is not run
+again.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from studies.multitask.methods import MAIN, METHODS, PAIRS, RATES, SHOWN, Method
+from studies.rows import Row, is_done, write_whole
+from tasks.multitask.data import MultitaskDataModule
+from tasks.multitask.encode import TaskDataset
+from tasks.multitask.evaluate import MAJORITY, Labels, Report, ScoredTask, task_dependence
+from tasks.multitask.model import MultitaskModel
+from tasks.multitask.plots import plot_scores
+from tasks.multitask.task import Answers, MultitaskTask
+from zoo import hub
+from zoo.base_models import MINILM
+from zoo.callbacks import EpochSeed
+from zoo.errors import DataNotFoundError, UnknownNameError
+from zoo.moe import TopKRouter, routed_modules
+from zoo.report import print_table
+
+FOLDER = Path(__file__).parent
+SEEDS = (0, 1, 2)
+# Of the trials, which no run of the table has.
+TRIAL_SEED = 100
+# What is scored: examples held out, and those that nothing is chosen by.
+VAL, TEST = "val", "test"
+# Permutations that measure chance.
+PERMUTATIONS = 50
+
+
+class Run(NamedTuple):
+    """A method with its learning rate and seed; a trial is short, and scored by validation alone."""
+
+    method: str
+    lr: float
+    seed: int
+    trial: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.method}.lr{self.lr:g}" if self.trial else f"{self.method}.seed{self.seed}"
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace, one: Run) -> Row:
+    """Train and score."""
+    data = load_data(options.source, options.batch_size, options.score_limit)
+    data.seed = one.seed
+    data.epoch_size = data.batch_size * (options.trial_steps if one.trial else options.steps)
+    task = MultitaskTask(network(options, METHODS[one.method]), lr=one.lr)
+    facts = train(options, one, task, data)
+    task.model.eval()
+    part = VAL if one.trial else TEST
+    return {**facts, **count_parameters(task.model), part: judge(task, data, part)}
+
+
+def network(options: argparse.Namespace, method: Method) -> dict[str, Any]:
+    """Arguments of `MultitaskModel`."""
+    return {"base": options.base, "method": method.method, "adapter": dict(method.adapter) or None}
+
+
+@cache
+def load_data(
+    source: Literal["nlp_tasks", "generated"], batch_size: int, score_limit: int | None
+) -> MultitaskDataModule:
+    """The examples, read once for all runs."""
+    data = MultitaskDataModule(source=source, sampling="temperature", batch_size=batch_size, score_cap=score_limit)
+    data.setup("fit")
+    data.setup("test")
+    return data
+
+
+def train(options: argparse.Namespace, one: Run, task: MultitaskTask, data: MultitaskDataModule) -> Row:
+    """Train a network; the task saves it as a checkpoint in the run's folder."""
+    pl.seed_everything(one.seed, verbose=False)
+    timer = pl.callbacks.Timer()
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        gradient_clip_val=1.0,
+        callbacks=[EpochSeed(one.seed), timer],
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=checkpoint(options, one).parent,
+    )
+    trainer.fit(task, data)
+    return {
+        "train_seconds": round(timer.time_elapsed("train"), 1),
+        "steps": trainer.global_step,
+        # Of the process until now, the runs before this one included.
+        "process_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
+def checkpoint(options: argparse.Namespace, one: Run) -> Path:
+    """Where the checkpoint of a run is."""
+    return Path(options.folder) / "runs" / f"{options.source}.{one.name}" / "checkpoint"
+
+
+def count_parameters(model: MultitaskModel) -> Row:
+    """Trained parameters, and of the adapter's those that one token uses: routers, and the experts it is sent to."""
+    heads = sum(parameter.numel() for parameter in model.heads.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    idle = 0
+    for mixture in routed_modules(model).values():
+        router: Any = mixture.router
+        if isinstance(router, TopKRouter):
+            share = 1 - router.top_k / router.num_experts
+            own: Any = mixture
+            # What all experts share is never idle.
+            weights = [own.lora_B] + [own.lora_A] * (len(own.lora_A) == own.lora_B.shape[1])
+            idle += round(share * sum(weight.numel() for weight in weights))
+    return {"parameters_trained": trained, "parameters_active": trained - heads - idle}
+
+
+def judge(task: MultitaskTask, data: MultitaskDataModule, part: str) -> Row:
+    """Right and predicted number of every example by task, and how much tasks explain of routing."""
+    dataset: TaskDataset = data.require(f"{part}_set")  # type: ignore[assignment]
+    answers = Answers.of(dataset)
+    for batch in data.loader(dataset):
+        task.answer(dataset, batch, answers, watch=part == TEST and task.model.routed)
+    tasks, predictions = task.judged(dataset, answers, data)
+    row: Row = {
+        "tasks": {
+            of.name: {
+                "metric": of.metric,
+                "positive": of.positive,
+                "target": digits(of.targets),
+                "predicted": digits(predictions[of.name]),
+            }
+            for of in tasks
+        }
+    }
+    if answers.loads:
+        found = task_dependence(answers.loads, [example.task for example in dataset.examples], PERMUTATIONS)
+        row["task_dependence"] = {module: [round(value, 5) for value in of] for module, of in found.items()}
+    return row
+
+
+def digits(numbers: Labels) -> str:
+    """Numbers in one line."""
+    return " ".join(map(str, numbers.tolist()))
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def result_path(options: argparse.Namespace, one: Run) -> Path:
+    """Where the row of a run is."""
+    return Path(options.folder) / ("trials" if one.trial else "results") / f"{options.source}.{one.name}.json"
+
+
+def describe(options: argparse.Namespace, one: Run) -> Row:
+    """What a row is about; one about anything else is not that of the run."""
+    names = ("source", "base", "batch_size", "score_limit", "trial_steps" if one.trial else "steps")
+    return {**{name: getattr(options, name) for name in names}, **one._asdict(), "setting": asdict(METHODS[one.method])}
+
+
+def run_missing(options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Run everything without a row."""
+    torch.set_num_threads(options.threads)
+    for one in runs:
+        path, about = result_path(options, one), describe(options, one)
+        if is_done(path, about):
+            continue
+        print(f"{options.source}, {one.name}", flush=True)
+        start = time.perf_counter()
+        row = run(options, one)
+        write_whole(path, {**about, "seconds": round(time.perf_counter() - start, 1), **row})
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Try every rate for every method, as often for one as for another, and write the best of each to `rates.json`."""
+    trials = {method: [Run(method, lr, TRIAL_SEED, True) for lr in RATES] for method in options.methods}
+    run_missing(options, [one for runs in trials.values() for one in runs])
+    lines = []
+    for method, runs in trials.items():
+        scores = [make_report({method: [read(options, one)]}, VAL).metrics(method)["average"] for one in runs]
+        lines.append({"method": method} | {f"{lr:g}": value for lr, value in zip(RATES, scores, strict=True)})
+        best = RATES[int(np.argmax(scores))]
+        write_whole(rates_path(options), {**rates(options), method: best})
+    print_table(f"{options.source}: average of validation by learning rate", lines)
+
+
+def rates_path(options: argparse.Namespace) -> Path:
+    """Where the chosen rates are."""
+    return Path(options.folder) / "rates.json"
+
+
+def rates(options: argparse.Namespace) -> dict[str, float]:
+    """The chosen rate of each method that was tuned."""
+    path = rates_path(options)
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def runs_of(options: argparse.Namespace, methods: Sequence[str]) -> list[Run]:
+    """Those of the table, one seed of all methods before the next.
+
+    Raises:
+        DataNotFoundError: A method has no rate yet.
+    """
+    found = rates(options)
+    for method in methods:
+        if method not in found:
+            hint = f"Choose it: python -m studies.multitask.study --tune --methods {method}"
+            raise DataNotFoundError(f"the learning rate of {method}", [rates_path(options)], hint)
+    return [Run(method, found[method], seed) for seed in options.seeds for method in methods]
+
+
+def read(options: argparse.Namespace, one: Run) -> Row:
+    """The row of a run."""
+    row: Row = json.loads(result_path(options, one).read_text())
+    return row
+
+
+def read_rows(options: argparse.Namespace) -> dict[str, list[Row]]:
+    """By method the rows of those seeds that have one.
+
+    Raises:
+        ValueError: One is about another setting.
+    """
+    tuned = [method for method in METHODS if method in rates(options)]
+    rows: dict[str, list[Row]] = {}
+    for one in runs_of(options, tuned):
+        if is_done(result_path(options, one), describe(options, one)):
+            rows.setdefault(one.method, []).append(read(options, one))
+    # In the order of the methods, not of the seeds.
+    return {method: rows[method] for method in METHODS if method in rows}
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def numbers(text: str) -> Labels:
+    """A line of numbers."""
+    return np.array(text.split(), dtype=np.int64)
+
+
+def make_report(rows: Mapping[str, Sequence[Row]], part: str) -> Report:
+    """All methods on the same examples, from their rows.
+
+    Args:
+        rows: By method, one per seed.
+        part: What is scored.
+
+    Raises:
+        ValueError: Two rows are about other examples.
+    """
+    found = [(method, row[part]["tasks"]) for method, of in rows.items() for row in of]
+    first = found[0][1]
+    for method, tasks in found:
+        if {name: of["target"] for name, of in tasks.items()} != {name: of["target"] for name, of in first.items()}:
+            raise ValueError(f"The rows of {method} and {found[0][0]} score other examples: run one of them again.")
+    tasks = [ScoredTask(name, of["metric"], numbers(of["target"]), of["positive"]) for name, of in first.items()]
+    return Report.of(
+        tasks,
+        {
+            method: [{name: numbers(of["predicted"]) for name, of in row[part]["tasks"].items()} for row in of_method]
+            for method, of_method in rows.items()
+        },
+    )
+
+
+def table(rows: Mapping[str, Sequence[Row]], report: Report) -> list[Row]:
+    """One line per method: means over seeds with their deviation, sizes and times; the last is the majority class."""
+    lines = []
+    for method in report.predictions:
+        of = rows.get(method, [])
+        line: Row = {"method": method, "what": METHODS[method].what if of else "best constant answer", "seeds": len(of)}
+        for key in report.metric_names():
+            values = report.values(method, key)
+            line |= {key: float(values.mean()), f"{key} std": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
+        if of:
+            line |= {name: of[0][name] for name in ("lr", "steps", "parameters_trained", "parameters_active")}
+            line["train_seconds"] = float(np.mean([row["train_seconds"] for row in of]))
+        explained = [value[0] for row in of for value in row[TEST].get("task_dependence", {}).values()]
+        chance = [value[1] for row in of for value in row[TEST].get("task_dependence", {}).values()]
+        if explained:
+            line |= {"task_dependence": float(np.mean(explained)), "chance": float(np.mean(chance))}
+        lines.append(line)
+    return lines
+
+
+def differences(report: Report) -> list[Row]:
+    """How much a method is above another, with 95 % intervals over examples and seeds."""
+    return [
+        {"compared": f"{first} - {second}", **row}
+        for first, second in PAIRS
+        if {first, second} <= report.predictions.keys()
+        for row in report.difference_rows(first, second)
+    ]
+
+
+def write_tables(options: argparse.Namespace) -> None:
+    """Print and write the tables, and draw the figure."""
+    rows = read_rows(options)
+    if not rows:
+        raise DataNotFoundError("results", [options.folder / "results"], "Run the study without --only table.")
+    report = make_report(rows, TEST)
+    results: dict[str, Any] = {"rates": rates(options), TEST: table(rows, report), "differences": differences(report)}
+    print_table(f"{options.source}, percent", results[TEST], ["method", "seeds", *report.main_names()])
+    averages = [row for row in results["differences"] if "/" not in row["metric"]]
+    print_table(f"{options.source}: differences of averages", averages)
+    write_whole(options.folder / "results.json", results)
+    if methods := [method for method in SHOWN if method in rows]:
+        print(plot_scores(report, options.folder / "scores.png", methods))
+
+
+# --- a checkpoint ----------------------------------------------------------------------------------------------------
+
+
+def release(options: argparse.Namespace) -> Path:
+    """One run as a checkpoint in half precision, whose metadata hold the results of all other methods."""
+    from safetensors.torch import load_file
+
+    (one,) = [run for run in runs_of(options, [options.release]) if run.seed == options.seed]
+    folder = checkpoint(options, one)
+    if not (folder / "metadata.json").is_file():
+        hint = f"Run it: --methods {one.method} --seeds {one.seed}; delete its row in results/ if it has one."
+        raise DataNotFoundError(f"the network of {one.name}", [folder], hint)
+    report = make_report(read_rows(options), TEST)
+    rivals = {
+        f"{method}/{key}": value
+        for method in report.predictions
+        if method not in (one.method, MAJORITY)
+        for key, value in report.metrics(method).items()
+    }
+    recorded = hub.Result(rivals, "python -m studies.multitask.study", options.commit)
+    golden = load_file(folder / "golden.safetensors")
+    return hub.save(
+        hub.load_as(folder, MultitaskModel),
+        options.out,
+        card=replace(hub.info(folder).card, results=[recorded]),
+        golden_input=[golden[f"input.{place}"] for place in range(7)],
+        config=(folder / "config.yaml").read_text(),
+        dtype=torch.float16,
+    )
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", metavar="NAME", default=list(MAIN), help=", ".join(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--source", default="nlp_tasks", choices=["nlp_tasks", "generated"])
+    parser.add_argument("--base", default=MINILM, help="the encoder")
+    parser.add_argument("--steps", type=int, default=600, help="of a run")
+    parser.add_argument("--trial-steps", type=int, default=200, help="of a trial")
+    parser.add_argument("--batch-size", type=int, default=16, help="examples of a step")
+    parser.add_argument("--score-limit", type=int, default=600, help="examples of a task that are scored")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where results/, trials/ and runs/ are")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--tune", action="store_true", help="choose learning rates on validation, test nothing")
+    parser.add_argument("--only", choices=["table"], help="run nothing")
+    parser.add_argument("--release", metavar="METHOD", help="write the network of its --seed to --out")
+    parser.add_argument("--seed", type=int, help="of the run to release")
+    parser.add_argument("--commit", help="that the rows were made on, for the metadata of a release")
+    parser.add_argument("--out", type=Path, help="folder of the checkpoint")
+    options = parser.parse_args(arguments)
+    for name in [*options.methods, *([options.release] if options.release else [])]:
+        if name not in METHODS:
+            raise UnknownNameError("method", name, METHODS)
+    if options.source == "generated" and options.folder == FOLDER:
+        parser.error("--source generated needs a --folder of its own: its results are not those of the study.")
+    if len({getattr(options, name) is None for name in ("release", "seed", "commit", "out")}) > 1:
+        parser.error("--release METHOD, --seed N, --commit COMMIT and --out FOLDER go together.")
+    if options.release:
+        options.seeds = sorted({*options.seeds, options.seed})
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Tune, or run what is missing and write the results, or write a checkpoint."""
+    options = parse(arguments)
+    if options.release:
+        print(release(options))
+    elif options.tune:
+        tune(options)
+    else:
+        if not options.only:
+            run_missing(options, runs_of(options, options.methods))
+        write_tables(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The harness of studies/multitask on generated tasks: rates, rows once, tables, paired differences, a checkpoint."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+import zoo
+from studies.multitask import study
+from studies.multitask.methods import MAIN, METHODS, PAIRS, SHOWN
+from studies.multitask.study import Run
+from tasks.multitask.model import MultitaskModel
+from tasks.multitask.task import MultitaskTask, recorded_rivals
+from tests.tasks.multitask.builders import save_encoder
+from zoo import hub
+from zoo.errors import DataNotFoundError, UnknownNameError
+
+CHOSEN = ("moe-top1", "smora")
+RATES = (1e-3, 3e-3)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a tiny BERT and its tokenizer."""
+    return save_encoder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def arguments(base, tmp_path_factory):
+    """The command line in a folder, that of the results by default."""
+    path = tmp_path_factory.mktemp("multitask")
+
+    def compose(*more, folder=path):
+        sizes = ["--steps", "4", "--trial-steps", "2", "--batch-size", "8", "--score-limit", "12"]
+        options = ["--source", "generated", "--base", base, "--folder", str(folder), *sizes]
+        return [*options, "--seeds", "0", "1", "--methods", *CHOSEN, *more]
+
+    return compose
+
+
+@pytest.fixture(scope="module")
+def folder(arguments):
+    """Results of two seeds."""
+    options = study.parse(arguments())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "RATES", RATES)
+        study.main(arguments("--tune"))
+    study.main(arguments())
+    words = ("--release", "smora", "--seed", "1", "--commit", "1234567", "--out", str(options.folder / "released"))
+    study.main(arguments(*words))
+    return options.folder
+
+
+def row(folder, name, part="results"):
+    return json.loads((folder / part / f"generated.{name}.json").read_text())
+
+
+def accuracy(folder, method, task, seeds=(0, 1)):
+    """By hand."""
+    found = [row(folder, f"{method}.seed{seed}")["test"]["tasks"][task] for seed in seeds]
+    return 100 * np.mean([np.equal(of["target"].split(), of["predicted"].split()).mean() for of in found])
+
+
+def average(folder, method, seeds=(0, 1)):
+    return np.mean([accuracy(folder, method, task, seeds) for task in ("topic", "mood", "which")])
+
+
+def test_each_run_and_each_trial_has_one_row(folder):
+    names = {path.name.removeprefix("generated.") for path in (folder / "results").iterdir()}
+    assert names == {f"{method}.seed{seed}.json" for method in CHOSEN for seed in (0, 1)}
+    trials = {path.name.removeprefix("generated.") for path in (folder / "trials").iterdir()}
+    assert trials == {f"{method}.lr{lr:g}.json" for method in CHOSEN for lr in RATES}
+    whole, trial = row(folder, "smora.seed0"), row(folder, "smora.lr0.001", "trials")
+    assert (whole["steps"], trial["steps"]) == (4, 2) and "test" not in trial and "val" not in whole
+    assert all(len(of["target"].split()) == 12 for of in whole["test"]["tasks"].values())
+    assert whole["setting"]["adapter"]["top_k"] == 8
+    assert len(whole["test"]["task_dependence"]) == 12
+
+
+def test_each_method_has_the_rate_that_was_best_in_validation(folder):
+    chosen = json.loads((folder / "rates.json").read_text())
+    for method in CHOSEN:
+        scores = []
+        for lr in RATES:
+            tasks = row(folder, f"{method}.lr{lr:g}", "trials")["val"]["tasks"].values()
+            scores.append(np.mean([np.equal(of["target"].split(), of["predicted"].split()).mean() for of in tasks]))
+        assert chosen[method] == RATES[int(np.argmax(scores))]
+        assert row(folder, f"{method}.seed1")["lr"] == chosen[method]
+
+
+def test_active_parameters_are_those_of_the_chosen_ranks(folder):
+    """Per linear layer: the chosen ranks of A and B, and the router."""
+    shapes = 2 * [(32, 32)] * 4 + 2 * [(32, 64), (64, 32)]
+    active = {name: row(folder, f"{name}.seed0")["parameters_active"] for name in CHOSEN}
+    assert active["moe-top1"] == sum(8 * (a + b) + 8 * a for a, b in shapes)
+    assert active["smora"] == sum(8 * (a + b) + 64 * a for a, b in shapes)
+
+
+def test_tables(folder):
+    found = json.loads((folder / "results.json").read_text())
+    lines = {line["method"]: line for line in found["test"]}
+    assert list(lines) == [*CHOSEN, "majority"]
+    for method in CHOSEN:
+        assert lines[method]["average"] == pytest.approx(average(folder, method))
+        by_seed = [average(folder, method, [seed]) for seed in (0, 1)]
+        assert lines[method]["average std"] == pytest.approx(np.std(by_seed, ddof=1))
+        assert lines[method]["topic/accuracy"] == pytest.approx(accuracy(folder, method, "topic"))
+    explained = [row(folder, f"smora.seed{seed}")["test"]["task_dependence"].values() for seed in (0, 1)]
+    assert lines["smora"]["task_dependence"] == pytest.approx(np.mean([value[0] for of in explained for value in of]))
+    between = {(line["compared"], line["metric"]): line for line in found["differences"]}
+    one = between["smora - moe-top1", "average"]
+    assert one["mean"] == pytest.approx(average(folder, "smora") - average(folder, "moe-top1"))
+    assert one["low"] <= one["mean"] <= one["high"] and 0 < one["p_value"] <= 1
+    assert (folder / "scores.png").is_file()
+
+
+def test_scores_are_those_of_the_task(folder, arguments):
+    options = study.parse(arguments())
+    lr = row(folder, "smora.seed0")["lr"]
+    data = study.load_data("generated", options.batch_size, options.score_limit)
+    task = MultitaskTask(pretrained=str(study.checkpoint(options, Run("smora", lr, 0))))
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", default_root_dir=folder)
+    trainer.test(task, data, verbose=False)
+    tasks, predictions = task.judged(data.test_set, task.kept)
+    stored = row(folder, "smora.seed0")["test"]["tasks"]
+    assert {of.name: study.digits(of.targets) for of in tasks} == {name: of["target"] for name, of in stored.items()}
+    agreed = [
+        np.equal(stored[name]["predicted"].split(), study.digits(of).split()).mean() for name, of in predictions.items()
+    ]
+    assert np.mean(agreed) == 1
+
+
+def test_all_methods_learn_from_the_same_examples_in_the_same_order(arguments):
+    data = study.load_data("generated", 8, 12)
+    data.seed, data.epoch_size = 1, 32
+    first, second = ([batch.places for batch in data.train_dataloader()] for _ in range(2))
+    assert first == second
+    data.seed = 0
+    assert [batch.places for batch in data.train_dataloader()] != first
+
+
+def test_a_second_call_runs_nothing(folder, arguments, monkeypatch):
+    monkeypatch.setattr(study, "run", None)
+    study.main(arguments())
+    monkeypatch.setattr(study, "RATES", RATES)
+    study.main(arguments("--tune"))
+
+
+def test_a_row_of_another_setting_is_refused(arguments, folder, monkeypatch):
+    with pytest.raises(ValueError, match="steps=4"):
+        study.main(arguments("--steps", "5"))
+    monkeypatch.setitem(METHODS, "smora", replace(METHODS["smora"], adapter={"r": 8, "top_k": 4}))
+    with pytest.raises(ValueError, match="has setting="):
+        study.main(arguments("--only", "table"))
+
+
+def test_what_is_missing_is_said(arguments, folder, tmp_path):
+    with pytest.raises(DataNotFoundError, match="--tune --methods moe-top1"):
+        study.main(arguments(folder=tmp_path))
+    with pytest.raises(DataNotFoundError, match="without --only table"):
+        study.main(arguments("--only", "table", folder=tmp_path))
+    with pytest.raises(UnknownNameError, match="'smora'"):
+        study.main(["--methods", "smore"])
+    for words in (["--source", "generated"], ["--release", "smora", "--seed", "0"], ["--out", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            study.main(words)
+
+
+def test_the_release_holds_adapters_and_heads_and_what_others_scored(folder):
+    hub.verify(folder / "released")
+    model = zoo.load(folder / "released")
+    whole = zoo.load(folder / "runs/generated.smora.seed1/checkpoint")
+    for name, value in model.named_parameters():
+        assert torch.equal(value, whole.get_parameter(name).half().float()) or not value.requires_grad, name
+    assert all(".smora_experts." in name or name.startswith("heads.") for name in model.state_dict())
+    rivals = {of["method"]: of for of in recorded_rivals(folder / "released", ["average"])}
+    assert set(rivals) == {"moe-top1 (recorded)"}
+    assert rivals["moe-top1 (recorded)"]["average"] == pytest.approx(average(folder, "moe-top1"))
+    assert rivals["moe-top1 (recorded)"]["command"] == "python -m studies.multitask.study"
+
+
+def test_methods_fit_each_other_and_the_network(base, monkeypatch):
+    assert set(MAIN) | set(SHOWN) | {name for pair in PAIRS for name in pair} == METHODS.keys()
+    for name in (name for name in METHODS if name.startswith("mola")):
+        experts = METHODS[name].adapter["experts"]
+        assert (len(experts), sum(experts)) == (6, 30), name
+    for name, method in METHODS.items():
+        adapter = dict(method.adapter)
+        if isinstance(adapter.get("experts"), list):
+            # The tiny encoder has two layers.
+            adapter["experts"] = adapter["experts"][:2]
+        if method.method != "none":
+            adapter["target_modules"] = ["query"]
+        model = MultitaskModel(base=base, method=method.method, adapter=adapter or None)
+        scales = {of.scaling for of in model.modules() if hasattr(of, "lora_B") and isinstance(of.scaling, float)}
+        scales |= {
+            value
+            for of in model.modules()
+            if isinstance(getattr(of, "scaling", None), dict)
+            for value in of.scaling.values()
+        }
+        assert scales == (set() if name == "heads" else {2.0}), name

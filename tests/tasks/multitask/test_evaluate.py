@@ -1,0 +1,192 @@
+"""Metrics against scikit-learn, bootstraps against loops, paired differences, expert loads and what tasks explain."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mutual_info_score
+
+from tasks.multitask.evaluate import (
+    MAJORITY,
+    RESAMPLES,
+    Report,
+    ScoredTask,
+    confusion,
+    expert_loads,
+    expert_shares,
+    majority,
+    score,
+    task_dependence,
+)
+from zoo.errors import UnknownNameError
+from zoo.moe import DenseRouter, TopKRouter
+from zoo.moe.routing import RouterInput
+
+RANDOM = np.random.default_rng(0)
+
+
+def answers(targets, right):
+    """Some right, the others drawn."""
+    drawn = RANDOM.integers(targets.max() + 1, size=len(targets))
+    return np.where(RANDOM.random(len(targets)) < right, targets, drawn)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_metrics_are_those_of_scikit_learn(classes):
+    for _ in range(6):
+        targets = RANDOM.integers(classes, size=60)
+        predicted = answers(targets, RANDOM.random())
+        for positive in range(classes):
+            found = score(confusion(targets, predicted, "f1"), "f1", positive)
+            expected = f1_score(targets == positive, predicted == positive, zero_division=0)
+            assert found == pytest.approx(100 * expected)
+        expected = 100 * matthews_corrcoef(targets, predicted)
+        assert score(confusion(targets, predicted, "matthews"), "matthews") == pytest.approx(expected)
+        found = score(confusion(targets, predicted, "accuracy"), "accuracy")
+        assert found == pytest.approx(100 * accuracy_score(targets, predicted))
+
+
+def test_constant_answers():
+    targets = np.array([0, 1, 1, 1])
+    assert majority(targets).tolist() == [1, 1, 1, 1]
+    for predicted in (np.zeros(4, int), np.ones(4, int)):
+        assert score(confusion(targets, predicted, "matthews"), "matthews") == 0
+    assert score(confusion(targets, np.zeros(4, int), "f1"), "f1") == 0
+    assert score(confusion(np.zeros(4, int), np.zeros(4, int), "f1"), "f1") == 0
+
+
+def make(names=("cola", "rte", "mrpc", "sst2", "other"), size=80):
+    metrics = {"cola": "matthews", "mrpc": "f1"}
+    return [
+        ScoredTask(n, metrics.get(n, "accuracy"), RANDOM.integers(2, size=size + 7 * i)) for i, n in enumerate(names)
+    ]
+
+
+def predict(tasks, right):
+    return {task.name: answers(task.targets, right) for task in tasks}
+
+
+def by_hand(task, predicted, places=None):
+    places = np.arange(len(predicted)) if places is None else places
+    targets, predicted = task.targets[places], predicted[places]
+    metric = {"matthews": matthews_corrcoef, "f1": f1_score, "accuracy": accuracy_score}[task.metric]
+    return 100 * metric(targets, predicted)
+
+
+def test_averages_and_rows():
+    tasks = make()
+    runs = [predict(tasks, 0.5), predict(tasks, 0.6)]
+    report = Report.of(tasks, {"ours": runs})
+    means = [[by_hand(task, run[task.name]) for task in tasks] for run in runs]
+    np.testing.assert_allclose(report.values("ours", "average"), np.mean(means, axis=1))
+    np.testing.assert_allclose(report.values("ours", "average_glue"), np.mean(means, axis=1, where=[1, 1, 1, 1, 0]))
+    metrics = report.metrics("ours")
+    assert metrics["cola/matthews"] == pytest.approx(np.mean(means, axis=0)[0])
+    assert {"cola/accuracy", "mrpc/f1", "mrpc/accuracy", "rte/accuracy"} <= metrics.keys()
+    constant = report.metrics(MAJORITY)
+    assert constant["cola/matthews"] == 0 and constant["rte/accuracy"] >= 50
+    rows = report.task_rows("ours")
+    assert [row["task"] for row in rows] == ["cola", "rte", "mrpc", "sst2", "other", "average", "average_glue"]
+    assert rows[1]["majority"] == pytest.approx(constant["rte/accuracy"])
+    assert rows[-1]["n"] == sum(len(task.targets) for task in tasks)
+    assert [row["method"] for row in report.rows()] == ["ours", "+- over 2 seeds", MAJORITY]
+    assert "average_glue" not in Report.of(tasks[:2], {"ours": runs}).metric_names()
+
+
+def test_an_interval_is_that_of_a_naive_bootstrap():
+    tasks = make(("cola", "mrpc"), 60)
+    run = predict(tasks, 0.6)
+    report = Report.of(tasks, {"ours": [run]})
+    draws = {name: of.astype(int) for name, of in report.draws.items()}
+    assert all(of.shape == (RESAMPLES, len(task.targets)) for of, task in zip(draws.values(), tasks, strict=True))
+    naive = [
+        np.mean([by_hand(t, run[t.name], np.repeat(np.arange(len(t.targets)), draws[t.name][d])) for t in tasks])
+        for d in range(40)
+    ]
+    np.testing.assert_allclose(report._resample("ours", "average")[:40, 0], naive, rtol=1e-5)
+    found = report.interval("ours", "average")
+    assert found.low < found.mean < found.high
+
+
+def test_differences_are_paired():
+    tasks = make(("rte",), 300)
+    targets = tasks[0].targets
+    ours, theirs = targets.copy(), targets.copy()
+    ours[:100], theirs[:115] = 1 - targets[:100], 1 - targets[:115]
+    report = Report.of(tasks, {"ours": [{"rte": ours}], "theirs": [{"rte": theirs}], "same": [{"rte": ours}]})
+    found = report.difference("ours", "theirs", "average")
+    assert found.mean == pytest.approx(5) and 0 < found.low < 5 < found.high and found.p_value < 0.01
+    # Unpaired, the same 5 points would be within the noise.
+    assert report.interval("ours", "average").low < report.interval("theirs", "average").high
+    same = report.difference("ours", "same", "average")
+    assert same[:3] == (0, 0, 0) and same.p_value == 1
+    assert report.difference("theirs", "ours", "average").p_value == found.p_value
+    assert [row["metric"] for row in report.difference_rows("ours", "theirs")] == ["average", "rte/accuracy"]
+
+
+def test_seeds_widen_an_interval():
+    tasks = make(("rte",), 2000)
+    alike, unlike = ([predict(tasks, right) for right in rights] for rights in ((0.5, 0.5, 0.5), (0.2, 0.5, 0.8)))
+    report = Report.of(tasks, {"alike": alike, "unlike": unlike})
+    widths = [np.ptp(report.interval(name, "average")[1:]) for name in ("alike", "unlike")]
+    assert widths[1] > 3 * widths[0]
+
+
+def test_what_does_not_fit():
+    tasks = make(("rte", "sst2"))
+    run = predict(tasks, 0.5)
+    with pytest.raises(ValueError, match=r"'ours' predict \[5\] examples of the task 'rte'; there are 80"):
+        Report.of(tasks, {"ours": [run | {"rte": np.zeros(5, int)}]})
+    with pytest.raises(ValueError, match="no task to report on"):
+        Report.of([], {})
+    with pytest.raises(UnknownNameError, match="metric of the task 'rte' 'bleu'"):
+        ScoredTask("rte", "bleu", np.zeros(3, int))
+    with pytest.raises(ValueError, match="has no example"):
+        ScoredTask("rte", "f1", np.zeros(0, int))
+    report = Report.of(tasks, {"ours": [run]})
+    with pytest.raises(UnknownNameError, match="metric 'rte/f1'"):
+        report.values("ours", "rte/f1")
+    with pytest.raises(UnknownNameError, match="method 'our'"):
+        report.values("our", "average")
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def test_loads_are_the_weights_of_an_example_s_real_tokens():
+    rows, length, experts = 5, 4, 6
+    x = torch.randn(rows * length, 3)
+    mask = torch.rand(rows * length) < 0.8
+    sample = torch.arange(rows).repeat_interleave(length)
+    routing = {
+        "sparse": TopKRouter(3, experts, 2).route(RouterInput(x, mask, sample)),
+        "dense": DenseRouter(experts, 3, "softmax").route(RouterInput(x, mask, sample)),
+    }
+    owners = torch.tensor([1, 1, 0, 2, 2])
+    for name, found in expert_loads(routing, owners, 3).items():
+        expected = np.zeros((3, experts))
+        for token in range(rows * length):
+            if mask[token]:
+                for slot, weight in zip(
+                    routing[name].expert_index[token], routing[name].expert_weight[token], strict=True
+                ):
+                    expected[owners[sample[token]], slot] += weight.item()
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="has no sample_index"):
+        expert_loads({"a": TopKRouter(3, experts, 2).route(RouterInput(x, mask))}, owners, 3)
+
+
+def test_what_the_task_explains_is_mutual_information_over_entropy():
+    tasks = np.repeat(["a", "b", "c"], [20, 20, 20])
+    chosen = {"some": RANDOM.integers(4, size=60), "all": np.repeat([0, 1, 2], 20), "none": np.tile([0, 1], 30)}
+    loads = {name: np.eye(4, dtype=np.float32)[of] * 3 for name, of in chosen.items()}
+    found = task_dependence(loads, tasks.tolist(), permutations=100)
+    for name, of in chosen.items():
+        shares = np.bincount(of) / 60
+        entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
+        assert found[name].explained == pytest.approx(mutual_info_score(tasks, of) / entropy, abs=1e-9)
+    assert found["all"].explained == pytest.approx(1) and found["all"].p_value < 0.02
+    assert found["none"].explained == pytest.approx(0, abs=1e-12) and found["none"].p_value == 1
+    # Of 60 examples, by chance.
+    assert 0.01 < found["some"].chance < 0.2
+    np.testing.assert_allclose(expert_shares(loads, tasks.tolist())["all"]["b"], [0, 1, 0, 0])
+    assert task_dependence({}, []) == {}

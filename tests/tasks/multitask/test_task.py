@@ -1,0 +1,249 @@
+"""The real command line on generated tasks and on files of the user's own, over tiny bases."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from command_line import sentence
+from sklearn.metrics import accuracy_score
+
+import zoo
+from tasks.multitask.data import MultitaskDataModule
+from tasks.multitask.task import MultitaskTask, plain, recorded_rivals, shares_in_words, shortened
+from zoo import hub
+from zoo.cli import main
+from zoo.errors import UnknownNameError
+from zoo.moe import routed_modules
+
+CONFIGS = sorted(Path("configs/multitask").glob("*.yaml"))
+SMORA = "configs/multitask/smora-minilm.yaml"
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.precision=32"]
+
+
+def generated(size: int = 32, *tasks: str) -> list[str]:
+    chosen = json.dumps(list(tasks or ("topic", "mood", "which")))
+    sizes = [f"--data.epoch_size={size}", "--data.cap=80", "--data.score_cap=12", "--data.max_length=64"]
+    return ["--data.source=generated", f"--data.tasks={chosen}", *sizes, "--trainer.max_epochs=1", *QUIET]
+
+
+def network(**arguments: Any) -> list[str]:
+    return ["--model.network", json.dumps(arguments)]
+
+
+@pytest.fixture(scope="module")
+def trained(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a checkpoint that has learned the generated tasks."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = ["--model.lr=1e-2", "--data.cap=null", "--data.score_cap=null", "--data.batch_size=64"]
+    adapter = network(base=encoder, adapter={"r": 16, "top_k": 4})
+    main(["fit", "-c", SMORA, *adapter, *generated(80 * 64), *options, "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Examples of the user's own, of a task that the checkpoint does not know."""
+    path = tmp_path_factory.mktemp("own") / "own.csv"
+    rows = [
+        {"text": f"the {thing} was {word}", "label": "yes" if word == "great" else "no"}
+        for thing in ("film", "book", "song", "play", "cat", "saw")
+        for word in ("great", "poor")
+    ]
+    pd.DataFrame(rows * 2).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_learns(config: Path, encoder: str, causal: str, trained: Path, own: Path, tmp_path: Path) -> None:
+    arguments = yaml.safe_load(config.read_text())["model"]["init_args"].get("network")
+    data = generated()
+    if arguments is None:
+        model = ["--model.pretrained", str(trained / "checkpoint")]
+        data = [f"--data.file={own}", "--data.holdout=0.2", "--trainer.max_epochs=1", *QUIET]
+    else:
+        arguments["base"] = causal if arguments.get("causal") else encoder
+        if "experts" in arguments["adapter"]:
+            # The tiny encoder has two layers.
+            arguments["adapter"]["experts"] = arguments["adapter"]["experts"][:2]
+        model = network(**arguments)
+    main(["fit", "-c", str(config), *model, *data, "--out", str(tmp_path)])
+    hub.verify(tmp_path / "checkpoint")
+
+
+def test_planted_tasks_are_learned_and_the_test_tells_what_its_rows_tell(trained: Path, tmp_path: Path) -> None:
+    main(["test", str(trained / "checkpoint"), *QUIET, "--out", str(tmp_path)])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    rows = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert len(rows) == 300 and not rows["dup_of_train"].any()
+    found = []
+    for task, of in rows.groupby("task"):
+        found.append(100 * accuracy_score(of["target"], of["prediction"]))
+        assert metrics[f"{task}/accuracy"] == pytest.approx(found[-1])
+        assert metrics[f"{task}/n"] == 100
+        if task != "which":
+            most = of["target"].value_counts().max()
+            assert metrics[f"majority/{task}/accuracy"] == pytest.approx(most)
+    assert metrics["average"] == pytest.approx(np.mean(found))
+    for task, least in (("mood", 90), ("which", 60), ("topic", 50)):
+        assert metrics[f"{task}/accuracy"] > max(least, metrics[f"majority/{task}/accuracy"] + 10), metrics
+    assert rows["probability"].between(0.3, 1).all()
+    modules = [key for key in metrics if key.startswith("task_dependence/layer") and not key.endswith("chance")]
+    assert len(modules) == 12 and all(metrics[key] > metrics[f"{key}/chance"] for key in modules)
+    assert rows["experts, layer 1 output.dense"].str.contains("%").all()
+    pictures = {"scores.png", "experts.png", "dependence.png"}
+    assert pictures <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_fit_keeps_the_best_epoch_and_what_it_needs_to_be_tested(trained: Path, encoder: str) -> None:
+    state = torch.load(trained / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    model = zoo.load(trained / "checkpoint")
+    assert state.keys() == {f"model.{name}" for name in model.state_dict()}
+    assert all(torch.equal(value, state[f"model.{name}"]) for name, value in model.state_dict().items())
+    assert model.tasks == {"topic": ["animal", "food", "tool"], "mood": ["negative", "positive"], "which": []}
+    config = yaml.safe_load((trained / "checkpoint/config.yaml").read_text())
+    assert config["data"]["init_args"]["source"] == "generated" and "network" not in str(config)
+    card = hub.info(trained / "checkpoint").card
+    assert "(synthetic)" in card.data and "80 steps" in card.data
+
+
+def test_predict_labels_a_text_and_a_file(trained: Path, own: Path, tmp_path: Path, capsys: Any) -> None:
+    command = ["predict", str(trained / "checkpoint"), *QUIET, "--out", str(tmp_path)]
+    main([*command, "--data.task=mood", "--data.text=the film was lovely"])
+    (row,) = pd.read_parquet(tmp_path / "predictions.parquet").to_dict("records")
+    assert row["prediction"] == "positive" and row["probability"] > 0.5
+    out = capsys.readouterr().out
+    assert "the film was lovely" in out and "experts, layer 1" in out
+    asked = ["--data.task=which", "--data.text=which of these is a kind of tool", '--data.choices=["cat","saw"]']
+    main([*command, *asked])
+    assert pd.read_parquet(tmp_path / "predictions.parquet")["prediction"].isin(["cat", "saw"]).all()
+    path = tmp_path / "asked.csv"
+    pd.read_csv(own).assign(task="mood")[["task", "text"]].to_csv(path, index=False)
+    main([*command, "--data.source=file", "--data.tasks=null", f"--data.file={path}"])
+    rows = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert len(rows) == 24 and set(rows["prediction"]) == {"negative", "positive"}
+
+
+def test_a_user_s_own_task_gets_a_head_beside_the_known_ones(trained: Path, own: Path, tmp_path: Path) -> None:
+    pretrained = ["--model.pretrained", str(trained / "checkpoint")]
+    options = [f"--data.file={own}", "--data.holdout=0.2", "--model.lr=1e-2", "--trainer.max_epochs=8", *QUIET]
+    main(["fit", "-c", "configs/multitask/own.yaml", *pretrained, *options, "--out", str(tmp_path)])
+    model = zoo.load(tmp_path / "checkpoint")
+    assert model.tasks["own"] == ["no", "yes"] and list(model.tasks)[:3] == ["topic", "mood", "which"]
+    main(["test", str(tmp_path / "checkpoint"), f"--data.test_file={own}", *QUIET, "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "metrics.json").read_text())["own/accuracy"] > 80
+
+
+def test_a_causal_network_answers_in_words(causal: str, tmp_path: Path) -> None:
+    adapter = network(base=causal, causal=True, freeze="nothing", method="lora", adapter={"r": 4})
+    data = [*generated(60 * 32, "mood", "colour"), "--data.cap=null", "--data.score_cap=40", "--data.batch_size=32"]
+    main(["fit", "-c", SMORA, *adapter, *data, "--model.lr=2e-2", "--out", str(tmp_path)])
+    main(["test", str(tmp_path / "checkpoint"), *QUIET, "--out", str(tmp_path)])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["colour/accuracy"] > 70 and metrics["mood/accuracy"] > 80, metrics
+    assert metrics["majority/colour/accuracy"] < 50
+    rows = pd.read_parquet(tmp_path / "predictions.parquet")
+    free = rows[rows["task"] == "colour"]
+    assert (
+        free["probability"].isna().all()
+        and (free["prediction"] == free["target"]).mean() == metrics["colour/accuracy"] / 100
+    )
+
+
+# --- balancing -------------------------------------------------------------------------------------------------------
+
+
+class Biases(pl.Callback):
+    """Selection biases after every micro-batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, task: pl.LightningModule, *args: Any) -> None:
+        found = [of.biased_router.expert_bias.clone() for of in routed_modules(task).values()]
+        self.seen.append(torch.stack([bias[:8] for bias in found]))
+        self.steps.append(trainer.global_step)
+
+
+def run(encoder: str, method: str, adapter: dict[str, Any], **options: Any) -> tuple[MultitaskTask, Biases]:
+    data = MultitaskDataModule(source="generated", epoch_size=48, cap=60, batch_size=8)
+    task = MultitaskTask({"base": encoder, "method": method, "adapter": adapter}, bias_rate=0.01)
+    watch = Biases()
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", enable_checkpointing=False, limit_val_batches=0, **quiet, **options
+    )
+    callbacks = [watch] if method == "smora" else []
+    trainer.callbacks += callbacks
+    trainer.fit(task, data)
+    return task, watch
+
+
+def test_biases_move_once_per_optimiser_step(encoder: str, tmp_path: Path) -> None:
+    _, watch = run(encoder, "smora", {"r": 8, "top_k": 2}, accumulate_grad_batches=2, default_root_dir=tmp_path)
+    assert watch.steps == [0, 1, 1, 2, 2, 3]
+    moved = [(after - before).abs() for before, after in zip(watch.seen, watch.seen[1:], strict=False)]
+    for place, step in enumerate(moved):
+        # An expert whose count is the mean stays where it is.
+        expected = 0.01 if watch.steps[place + 1] > watch.steps[place] else 0.0
+        assert set(step.flatten().mul(1e4).round().tolist()) <= {0.0, expected * 1e4}
+        assert bool(step.any()) == (expected > 0)
+
+
+def test_balance_losses_are_collected(encoder: str, tmp_path: Path) -> None:
+    task, _ = run(encoder, "mola", {"experts": 3, "aux_losses": {"load_balancing": 0.5}}, default_root_dir=tmp_path)
+    logged = task.trainer.callback_metrics
+    assert logged["train_load_balancing_loss"] >= 1
+    assert not any(of._pending_losses for of in routed_modules(task).values())
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_bad_words(trained: Path, own: Path, encoder: str, tmp_path: Path, capsys: Any) -> None:
+    checkpoint = str(trained / "checkpoint")
+    with pytest.raises(UnknownNameError, match="argument of network 'methods'"):
+        MultitaskTask({"methods": "smora"})
+    with pytest.raises(ValueError, match="brings its own"):
+        MultitaskTask({"method": "lora"}, pretrained=checkpoint)
+    out = ["--out", str(tmp_path), *QUIET]
+    test = ["test", checkpoint, "--data.source=file", "--data.tasks=null", f"--data.test_file={own}"]
+    assert "Unknown task 'own'" in sentence(capsys, *test, *out)
+    said = sentence(capsys, "predict", checkpoint, "--data.text=good", *out)
+    assert "say by data.task which of these the text is of" in said
+    path = tmp_path / "own.csv"
+    pd.DataFrame({"task": "mood", "text": ["a", "b", "c", "d"], "label": ["x", "y"] * 2}).to_csv(path, index=False)
+    fit = ["fit", "-c", "configs/multitask/own.yaml", f"--model.pretrained={checkpoint}", f"--data.file={path}"]
+    assert "give the data's another name" in sentence(capsys, *fit, "--data.holdout=0.5", *out)
+    path.write_text("text,label\na,x\nb,x\n")
+    assert "with one class there is nothing to learn" in sentence(capsys, *fit, *out)
+
+
+def test_what_a_checkpoint_has_recorded_of_others(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = zoo.save(
+        zoo.load(trained / "checkpoint"),
+        tmp_path / "checkpoint",
+        card=hub.info(trained / "checkpoint").card,
+        config=(trained / "checkpoint/config.yaml").read_text(),
+    )
+    measured = {"lora-r64/average": 61.0, "lora-r64/mood/accuracy": 70.0, "average": 80.0, "majority/average": 50.0}
+    zoo.update_metrics(folder, measured, "python -m a.study", "1234567")
+    rows = recorded_rivals(str(folder), ["average", "mood/accuracy"])
+    expected = {"method": "lora-r64 (recorded)", "command": "python -m a.study", "average": 61.0, "mood/accuracy": 70.0}
+    assert rows == [expected]
+    main(["test", str(folder), "--data.score_cap=6", *QUIET, "--out", str(tmp_path)])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["lora-r64/average"] == 61.0 and metrics["lora-r64/mood/accuracy"] == 70.0
+    assert "lora-r64 (recorded)" in capsys.readouterr().out
+
+
+def test_words_for_people() -> None:
+    assert shares_in_words(np.array([1.0, 0.0, 3.0, 4.0], dtype=np.float32)) == "3 (50%), 2 (38%), 0 (12%)"
+    assert plain(" A  b\n") == "a b" and shortened("a\nb") == "a b"
+    assert len(shortened("word " * 30)) == 60 and shortened("word " * 30).endswith("...")
