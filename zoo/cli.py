@@ -31,6 +31,8 @@ moe-zoo: Mixture-of-Experts models, from a checkpoint's name to its scores.
   moe-zoo fit|validate|test|predict -c configs/APP/VARIANT.yaml [--KEY VALUE ...]
                                          train, score or apply any model; options follow -c
   moe-zoo demo APP                       watch an application at work
+  moe-zoo export NAME --format onnx|executorch --output FILE [--int8] [--trainable]
+                                         write a checkpoint for another runtime, compared with PyTorch
   moe-zoo --version
 
 Wherever NAME stands, a folder written by zoo.save will do.
@@ -91,7 +93,15 @@ def run(args: Sequence[str]) -> dict[str, float]:
     command, *rest = args or ["--help"]
     if command in LIGHTNING_COMMANDS:
         return _lightning(command, rest)
-    others = {"list": _list, "info": _info, "demo": _demo, "--help": _help, "-h": _help, "--version": _version}
+    others = {
+        "list": _list,
+        "info": _info,
+        "demo": _demo,
+        "export": _export,
+        "--help": _help,
+        "-h": _help,
+        "--version": _version,
+    }
     if command not in others:
         raise UnknownNameError("command", command, [*LIGHTNING_COMMANDS, *others], "moe-zoo --help explains them.")
     others[command](rest)
@@ -169,6 +179,32 @@ def _demo(args: Sequence[str]) -> None:
     if args[0] not in names:
         raise UnknownNameError("demo", args[0], names)
     importlib.import_module(f"tasks.{args[0]}.demo").main(list(args[1:]))
+
+
+def _export(args: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser("moe-zoo export", description="Write a checkpoint for another runtime.")
+    parser.add_argument("name", help="a name of `moe-zoo list`, or a folder written by zoo.save")
+    parser.add_argument("--format", required=True, help="onnx or executorch")
+    parser.add_argument("--output", required=True, help="file to write; its folder must exist, the file must not")
+    parser.add_argument("--int8", action="store_true", help="quantise statically, and score that beside float32")
+    parser.add_argument(
+        "--trainable",
+        action="store_true",
+        help="executorch: an inference program, and x.training.pte beside x.pte, with which a device learns",
+    )
+    options = parser.parse_args(args)
+    from zoo.export import export
+    from zoo.report import print_table
+
+    done = export(options.name, options.format, options.output, trainable=options.trainable, int8=options.int8)
+    rows: list[dict[str, Any]] = [{"file": str(file), "bytes": file.stat().st_size} for file in done.files]
+    rows[0]["batch"] = done.batch
+    print_table(f"{options.name} as {options.format}", rows)
+    print(f"Largest difference from PyTorch in float32, on golden and random inputs: {done.difference:.2g}")
+    if done.metrics:
+        print_table(
+            f"int8 on {done.source} (%)", [{"measure": key, "value": value} for key, value in done.metrics.items()]
+        )
 
 
 # --- LightningCLI ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +30,9 @@ from zoo.report import PALETTE, plot_style, print_table, save_figure
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 SEEDS = (0, 1, 2)
-SIZES = (50, 100, 200, 400)
+SIZES = (10, 25, 50, 100, 200, 400)
+# Resamples of the writers for the 95 % intervals of the curve.
+RESAMPLES = 10_000
 
 Row = dict[str, Any]
 
@@ -216,24 +218,56 @@ def mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
-def plot_samples(path: Path) -> Path:
-    """Gain in accuracy against the number of a user's samples: mean, and the range of the users."""
-    from matplotlib.figure import Figure
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over writers (Efron and Tibshirani 1993, chapter 13).
 
-    sizes, means, lows, highs = [], [], [], []
+    Args:
+        values: One number per writer.
+    """
+    random = np.random.default_rng(0)
+    resampled = random.choice(np.array(values), (RESAMPLES, len(values))).mean(1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def curve() -> list[Row]:
+    """What to expect for so many samples: the gain, its interval and its range over writers, and closed gates."""
+    points = []
     for method in (*(f"mixture-{size}" for size in SIZES), "mixture"):
         rows = rows_of(method)
-        users = {row["user"] for row in rows}
-        per_user = [mean(row["moe"] - row["ge"] for row in rows if row["user"] == user) for user in users]
-        sizes.append(mean(row["samples"] for row in rows))
-        means.append(mean(per_user))
-        lows.append(min(per_user))
-        highs.append(max(per_user))
+        users = sorted({row["user"] for row in rows})
+        gains = [mean(row["moe"] - row["ge"] for row in rows if row["user"] == user) for user in users]
+        low, high = interval(gains)
+        points.append(
+            {
+                "samples": mean(row["samples"] for row in rows),
+                "gain": mean(gains),
+                "low": low,
+                "high": high,
+                "least": min(gains),
+                "most": max(gains),
+                "gate closed": 100 * mean(row["route"] == 0 for row in rows),
+            }
+        )
+    return points
+
+
+def plot_samples(path: Path) -> Path:
+    """Gain in accuracy against the number of a user's samples: mean with its interval, and the range of the users."""
+    from matplotlib.figure import Figure
+
+    points = curve()
+    sizes, means, low, high, least, most = (
+        [point[key] for point in points] for key in ("samples", "gain", "low", "high", "least", "most")
+    )
+    below, above = np.subtract(means, low), np.subtract(high, means)
     with plot_style():
         figure = Figure(figsize=(6.5, 4))
         axes = figure.add_subplot()
-        axes.fill_between(sizes, lows, highs, color=PALETTE[0], alpha=0.15, label="all eleven writers")
-        axes.plot(sizes, means, color=PALETTE[0], marker="o", label="their mean")
+        axes.fill_between(sizes, least, most, color=PALETTE[0], alpha=0.15, label="all eleven writers")
+        axes.errorbar(
+            sizes, means, [below, above], color=PALETTE[0], marker="o", capsize=4, label="their mean, 95 % interval"
+        )
         axes.set_xscale("log")
         axes.set_xticks(sizes, [str(round(size)) for size in sizes])
         axes.minorticks_off()
@@ -263,6 +297,7 @@ def main() -> None:
             (RESULTS / f"{method}.seed{seed}.json").write_text(json.dumps(rows, indent=1) + "\n")
     lines = table()
     print_table("Eleven writers, three seeds", lines)
+    print_table("Gain against the number of samples: mean over writers, its 95 % interval, and their range", curve())
     (FOLDER / "results.json").write_text(json.dumps(lines, indent=1) + "\n")
     print(plot_samples(FOLDER / "samples.png"))
 

@@ -12,29 +12,56 @@ from rich.progress import Progress
 
 from tasks.customization.characters import merge
 from tasks.customization.customizer import Recipe, customize
-from tasks.customization.data import CharacterDataModule, UserDataModule, UserSamples, to_float
+from tasks.customization.data import UserDataModule, UserSamples, to_float
 from tasks.customization.evaluate import accuracy, both_experts, overhead, plot_repairs
 from tasks.customization.model import CustomizedLeNet
+from tasks.customization.profile import default_folder
+from tasks.customization.web.server import serve
+from tasks.customization.web.studio import CHECKPOINT, generic_images
 from zoo import hub
 from zoo.data import ENVIRONMENT_VARIABLE
 from zoo.errors import DataNotFoundError
 from zoo.report import print_table, run_folder
 
-CHECKPOINT = "customization/lenet5-emnist"
+OUT = "runs/customization/demo"
+HOST, PORT = "127.0.0.1", 7860
 SYNTHETIC_USER, REAL_USER = "synthetic-4", "apa-04"
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Customise for a synthetic user and, where there is data, for a real writer.
+    """Customise for a synthetic user and, where there is data, for a real writer; or serve a page for your own hand.
 
     Args:
         args: Command line after `moe-zoo demo customization`.
     """
     parser = argparse.ArgumentParser("moe-zoo demo customization", description=__doc__)
     parser.add_argument("--user", help=f"writer of unipen.npz, {REAL_USER} by default; needs {ENVIRONMENT_VARIABLE}")
-    parser.add_argument("--out", default="runs/customization/demo", help="folder of the figures")
+    parser.add_argument("--out", help=f"folder of the figures, {OUT} by default")
+    parser.add_argument("--web", action="store_true", help="a page to teach the model your own handwriting")
+    parser.add_argument("--profiles", help="folder of the page's profiles; a folder of your user data by default")
+    parser.add_argument("--host", help=f"address that the page listens on; {HOST}, this computer only, by default")
+    parser.add_argument("--port", type=int, help=f"port of the page, {PORT} by default; 0 takes any free one")
     options = parser.parse_args(args)
-    folder = run_folder(options.out)
+    check_options(options)
+    if options.web:
+        root = Path(options.profiles) if options.profiles else default_folder()
+        serve(root, options.host or HOST, PORT if options.port is None else options.port)
+    else:
+        teach_shipped_writers(options)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise a `ValueError` for options that the chosen demo would ignore."""
+    ignored = ("user", "out") if options.web else ("profiles", "host", "port")
+    given = [f"--{name}" for name in ignored if getattr(options, name) is not None]
+    if given:
+        where = "without" if options.web else "with"
+        raise ValueError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for the demo {where} --web.")
+
+
+def teach_shipped_writers(options: argparse.Namespace) -> None:
+    """Customise for writers whose samples are there already, and print what changed."""
+    folder = run_folder(options.out or OUT)
     model = cast(CustomizedLeNet, hub.load(CHECKPOINT))
     has_data = bool(os.environ.get(ENVIRONMENT_VARIABLE))
     if options.user and not has_data:
@@ -50,14 +77,6 @@ def main(args: Sequence[str] | None = None) -> None:
     print_table("What the global expert and the customised model make of samples neither was taught (%)", rows)
     print_cost(model)
     print_next_steps(has_data)
-
-
-def generic_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """Every fourth generic test image, to see what others lose."""
-    module = CharacterDataModule()
-    module.setup()
-    samples = module.test_set.samples
-    return to_float(samples.images[::4]), samples.labels[::4]
 
 
 def teach(
@@ -126,8 +145,10 @@ def print_next_steps(has_data: bool) -> None:
     if not has_data:
         print(f"  {ENVIRONMENT_VARIABLE}=DIR moe-zoo demo customization")
         print("      a real writer, and what it costs everybody else")
+    print("  moe-zoo demo customization --web")
+    print("      your own hand, in a browser: write, customise, take the model with you")
     print("  moe-zoo fit -c configs/customization/user.yaml --data.source folder --data.folder DIR")
-    print("      your own hand: DIR/<you>/<digit_0 | upper_A | lower_a>/*.png, 28 x 28, white on black")
+    print("      your own hand, from files: DIR/<you>/<digit_0 | upper_A | lower_a>/*.png, 28 x 28, white on black")
     print(f"  moe-zoo info {CHECKPOINT}")
 
 
