@@ -1,0 +1,1 @@
+"""Reward modelling: a double-layer mixture of LoRA experts that scores answers to prompts (DMoERM)."""

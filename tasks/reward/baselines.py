@@ -1,0 +1,202 @@
+"""Reward models that DMoERM is compared with; all of them adapt the same frozen base by LoRA.
+
+B texts, D the base's width, N members or objectives.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tasks.reward.backbone import Backbone, Inputs, Reading
+from tasks.reward.losses import bradley_terry_loss, capability_loss
+from zoo.base_models import MINILM
+from zoo.errors import UnknownNameError
+from zoo.moe.routers.base import require
+
+MEMBERS, OBJECTIVES, GATE = "members", "objectives", "gate"
+HUMAN = "human"
+
+
+def reduce_members(scores: Tensor, reduce: str, penalty: float) -> Tensor:
+    """One reward of an ensemble's `(B, N)` (Coste et al. 2023, arXiv 2310.02743).
+
+    Args:
+        scores: The members' rewards.
+        reduce: `mean`; `worst`, the lowest one; or `uncertainty`, the mean less `penalty` times the variance.
+        penalty: For `uncertainty`.
+    """
+    if reduce == "worst":
+        return scores.min(1).values
+    mean = scores.mean(1)
+    return mean - penalty * scores.var(1, correction=0) if reduce == "uncertainty" else mean
+
+
+class LoraEnsemble(Backbone):
+    """N reward models, each a LoRA and a head of its own, on one frozen base; all read a batch in one pass.
+
+    They differ by how they start. One member is the usual reward model.
+    """
+
+    phases = (MEMBERS,)
+
+    def __init__(
+        self,
+        members: int = 1,
+        reduce: Literal["mean", "worst", "uncertainty"] = "mean",
+        penalty: float = 0.5,
+        base: str = MINILM,
+        base_sha256: str | None = None,
+        layers: int = 1,
+        rank: int = 16,
+    ) -> None:
+        """Build the members.
+
+        Args:
+            members: N.
+            reduce: How their rewards become one, see `reduce_members`; it can be changed after training.
+            penalty: Weight of the variance, for `uncertainty`.
+            base: See `Backbone`.
+            base_sha256: Likewise.
+            layers: Last layers with LoRA; 0 is all.
+            rank: Of each member.
+
+        Raises:
+            UnknownNameError: There is no such reduction.
+            ValueError: There is no member, or the base has other or fewer layers.
+        """
+        if reduce not in ("mean", "worst", "uncertainty"):
+            raise UnknownNameError("reduction of an ensemble", reduce, ("mean", "worst", "uncertainty"))
+        require(members >= 1, "members", members, "must be at least 1")
+        super().__init__(base, base_sha256, layers)
+        self.members = members
+        self.reduce = reduce
+        self.penalty = penalty
+        self.layers = layers
+        self.rank = rank
+        self.experts = self.lora_experts(members, rank)
+        # Heads that start at zero would leave members alike in all but A.
+        nn.init.normal_(self.experts.head, std=self.dim**-0.5)
+        self.groups, self.group_of = {"all": []}, {}
+        self.complete()
+
+    def score_names(self, route: int) -> list[str]:
+        """The members, numbered."""
+        return [f"member {number}" for number in range(self.members)]
+
+    def scores(self, inputs: Inputs) -> Tensor:
+        """The members' rewards `(B, N)`."""
+        return self.experts.scores(self.finish(inputs.hidden, inputs.mask, (self.experts,)))
+
+    def read(self, inputs: Inputs, oracle: bool = False) -> Reading:
+        """Rewards and those of the members; see `Backbone.read`."""
+        scores = self.scores(inputs)
+        reward = reduce_members(scores, self.reduce, self.penalty)
+        return Reading(reward, scores, torch.zeros(len(reward), dtype=torch.long, device=reward.device))
+
+    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
+        """All that is added to the base."""
+        return list(self.experts.parameters())
+
+    def phase_loss(self, phase: str, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
+        """The members' losses, added up, since they share nothing that is trained; see `Backbone.phase_loss`."""
+        pairs, scores = len(preferences), self.scores(inputs)
+        loss = bradley_terry_loss(scores[:pairs], scores[pairs:]) * self.members
+        rewards = reduce_members(scores, self.reduce, self.penalty)
+        return loss, rewards[:pairs] > rewards[pairs:]
+
+
+class ObjectiveModel(Backbone):
+    """One LoRA with a head per objective: what people prefer, and each capability.
+
+    Without gate it is the multi-task model, whose reward is the first head's. With one the reward is a sum of all
+    heads', weighted by the prompt as in ArmoRM (Wang et al. 2024, arXiv 2406.12845). There the heads learn ratings,
+    here the same preferences as DMoERM's experts; the gate is learned at last, with all else frozen, as there.
+    """
+
+    def __init__(
+        self,
+        capabilities: list[str],
+        gate: bool = False,
+        base: str = MINILM,
+        base_sha256: str | None = None,
+        layers: int = 1,
+        rank: int = 16,
+        gate_dim: int = 128,
+    ) -> None:
+        """Build the model.
+
+        Args:
+            capabilities: Names of the objectives beside what people prefer.
+            gate: Whether prompts weigh the objectives.
+            base: See `Backbone`.
+            base_sha256: Likewise.
+            layers: Last layers with LoRA; 0 is all.
+            rank: Of the LoRA.
+            gate_dim: Hidden width of the gate.
+
+        Raises:
+            ValueError: There is no capability, or the base has other or fewer layers.
+        """
+        require(len(capabilities) >= 1, "capabilities", capabilities, "needs at least one")
+        super().__init__(base, base_sha256, layers)
+        self.capabilities = capabilities
+        self.capability_names = list(capabilities)
+        self.gate = gate
+        self.layers = layers
+        self.rank = rank
+        self.gate_dim = gate_dim
+        self.experts = self.lora_experts(1, rank)
+        self.heads = nn.Linear(self.dim, 1 + len(capabilities), bias=False)
+        self.phases = (OBJECTIVES, GATE) if gate else (OBJECTIVES,)
+        self.gating = None
+        if gate:
+            self.gating = nn.Sequential(
+                nn.Linear(self.dim, gate_dim), nn.GELU(), nn.Linear(gate_dim, 1 + len(capabilities))
+            )
+        self.groups, self.group_of = {"all": []}, {}
+        self.complete()
+
+    def score_names(self, route: int) -> list[str]:
+        """The objectives."""
+        return [HUMAN, *self.capabilities]
+
+    def objective_scores(self, inputs: Inputs) -> Tensor:
+        """The heads' scores `(B, 1 + U)`."""
+        scores: Tensor = self.heads(self.finish(inputs.hidden, inputs.mask, (self.experts,))[:, 0])
+        return scores
+
+    def combine(self, scores: Tensor, prompts: Tensor) -> Tensor:
+        """Rewards `(B,)` of the objectives' scores."""
+        if self.gating is None:
+            return scores[:, 0]
+        return (torch.softmax(self.gating(prompts), dim=1) * scores).sum(1)
+
+    def read(self, inputs: Inputs, oracle: bool = False) -> Reading:
+        """Rewards and the objectives' scores; see `Backbone.read`."""
+        scores = self.objective_scores(inputs)
+        route = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+        return Reading(self.combine(scores, inputs.prompts), scores, route)
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether prompts weigh the objectives."""
+        return self.gate
+
+    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
+        """The gate, or all but it."""
+        if phase == GATE:
+            return [] if self.gating is None else list(self.gating.parameters())
+        # The experts' own head has no use where there are several.
+        return [*self.experts.stacks.parameters(), *self.heads.parameters()]
+
+    def phase_loss(self, phase: str, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a phase; see `Backbone.phase_loss`."""
+        pairs, scores = len(preferences), self.objective_scores(inputs)
+        rewards = self.combine(scores, inputs.prompts) if phase == GATE else scores[:, 0]
+        loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:])
+        if phase == OBJECTIVES:
+            # The mean over all objectives: they share one LoRA.
+            own = capability_loss(scores[:pairs, 1:], scores[pairs:, 1:], preferences)
+            loss = (loss + own) / scores.shape[1]
+        return loss, rewards[:pairs] > rewards[pairs:]

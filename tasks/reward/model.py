@@ -1,0 +1,337 @@
+"""DMoERM, a double-layer mixture of experts as a reward model (Quan 2024, arXiv 2403.01197).
+
+Plain torch. B texts (a prompt and an answer each) of L tokens, D the base's width, G groups of categories, each with an
+inner model, T capabilities.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tasks.reward.backbone import Backbone, Inputs, Reading, stack_names
+from tasks.reward.lora import LoraExperts
+from tasks.reward.losses import bradley_terry_loss, capability_loss
+from zoo.base_models import MINILM
+from zoo.errors import UnknownNameError
+from zoo.moe import DenseRouter, ModuleExperts, MoELayer, RoutingOutput, TopKRouter
+from zoo.moe.routers.base import require
+
+ROUTER, JOINT, TASK, CAPABILITY, AGGREGATE = "router", "joint", "task", "capability", "aggregate"
+PHASES = (ROUTER, JOINT, TASK, CAPABILITY, AGGREGATE)
+AGGREGATES = ("hidden", "score")
+
+Finish = Callable[[Tensor, Tensor, Sequence[LoraExperts]], Tensor]
+
+
+class CapabilityExperts(nn.Module):
+    """T LoRA experts over one task model, as experts of a `MoELayer` that runs all of them: one stacked pass.
+
+    A unit is a text: its states `(L, D)` and its mask `(L,)`.
+    """
+
+    unit_ndims = (2, 1)
+    backend = "dense"
+
+    def __init__(self, finish: Finish, task: LoraExperts, experts: LoraExperts) -> None:
+        """Put them together.
+
+        Args:
+            finish: `Backbone.finish`.
+            task: The task model's LoRA, which they are trained on top of.
+            experts: The T experts.
+        """
+        super().__init__()
+        self.finish = finish
+        self.num_experts = experts.count
+        self.experts = experts
+        # In a tuple, as it is the inner model's part.
+        self.task = (task,)
+
+    def forward_all(self, streams: Sequence[Tensor]) -> Tensor:
+        """The last states of all texts under all experts: `(B, L, D)` and `(B, L)` to `(B, T, D)`."""
+        hidden, mask = streams
+        return self.finish(hidden, mask, (*self.task, self.experts))
+
+
+class InnerModel(nn.Module):
+    """The reward model of one group of categories: a dense mixture of capability experts, combined by an MLP.
+
+    Attributes:
+        task: LoRA and head of phase 1, one expert.
+        mixture: The capability experts; their last states are concatenated. None without capabilities.
+        combine: Maps these, or the experts' scores, to the reward.
+    """
+
+    def __init__(
+        self, finish: Finish, task: LoraExperts, experts: LoraExperts | None, width: int, aggregate: str
+    ) -> None:
+        """Put it together; see `DMoERM`."""
+        super().__init__()
+        self.finish = finish
+        self.task = task
+        self.aggregate = aggregate
+        self.mixture: MoELayer | None = None
+        if experts is not None:
+            parts: Any = CapabilityExperts(finish, task, experts)
+            self.mixture = MoELayer(DenseRouter(experts.count), parts, combine="concat")
+            inputs = experts.count * (experts.head.shape[1] if aggregate == "hidden" else 1)
+            self.combine = nn.Sequential(nn.Linear(inputs, width), nn.PReLU(), nn.Linear(width, 1))
+
+    @property
+    def experts(self) -> LoraExperts:
+        """The capability experts; without any, the task model."""
+        return self.task if self.mixture is None else self.mixture.experts.experts  # type: ignore[return-value]
+
+    def task_rewards(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """The task model's rewards `(B,)`."""
+        return self.task.scores(self.finish(hidden, mask, (self.task,)))[:, 0]
+
+    def states(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """The last states `(B, T, D)` of the capability experts."""
+        if self.mixture is None:
+            raise ValueError("This inner model has no capability experts.")
+        out: Tensor = self.mixture((hidden, mask), router_input=hidden[:, 0])
+        return out.unflatten(1, (self.experts.count, -1))
+
+    def capability_scores(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """The capability experts' rewards `(B, T)`."""
+        return self.experts.scores(self.states(hidden, mask))
+
+    def forward(self, streams: tuple[Tensor, Tensor]) -> Tensor:
+        """The reward and, after it, the capability experts' scores: `(B, 1 + T)` of `(B, L, D)` and `(B, L)`."""
+        if self.mixture is None:
+            return self.task_rewards(*streams)[:, None]
+        states = self.states(*streams)
+        scores = self.experts.scores(states)
+        reward = self.combine(states.flatten(1) if self.aggregate == "hidden" else scores)
+        return torch.cat([reward, scores], dim=1)
+
+
+class DMoERM(Backbone):
+    """A sparse router sends a text by its prompt to one inner model, in which a dense mixture finds its reward.
+
+    The phases, each of which leaves everything else byte-identical:
+
+    - `router`: the outer router learns the groups of prompts;
+    - `joint`: one task model learns from all groups' pairs; all inner models start from it (not in the paper, whose
+      base is large enough to learn a category by itself);
+    - `task`: each inner model's LoRA learns its own group's pairs (the paper's phase 1, there a copy of the base);
+    - `capability`: T experts learn a capability each, on top of the frozen task model, their heads copies of its own;
+    - `aggregate`: the MLP learns the pairs, all experts frozen.
+
+    With one group and no capabilities it is a single reward model with one LoRA: the twin.
+    """
+
+    phases = PHASES
+    columns: Tensor
+
+    def __init__(
+        self,
+        groups: dict[str, list[str]],
+        capabilities: list[str] | dict[str, list[str]] | None = None,
+        base: str = MINILM,
+        base_sha256: str | None = None,
+        task_layers: int = 1,
+        task_rank: int = 16,
+        capability_layers: int = 1,
+        capability_rank: int = 8,
+        aggregate: Literal["hidden", "score"] = "hidden",
+        aggregate_dim: int = 64,
+        router_dim: int = 128,
+    ) -> None:
+        """Build the model on a frozen base.
+
+        Args:
+            groups: The categories of each inner model, by its name; see `tasks.reward.groups.merge_categories`.
+            capabilities: Names of the T capabilities, the same for all inner models, or by the inner model's name and
+                as many for each; see `RewardDataModule.label`. None is without.
+            base: A folder, or a name on the hub; see `Backbone`.
+            base_sha256: What its weights must be. None allows any, and is filled in.
+            task_layers: Last layers with the task models' LoRA; 0 is all.
+            task_rank: Its rank.
+            capability_layers: Last layers with the capability experts' LoRA; 0 is all. What is below runs once for
+                all of them.
+            capability_rank: Their rank.
+            aggregate: Whether the MLP reads the experts' last states (the released code) or their scores.
+            aggregate_dim: Its hidden width; the released code has D.
+            router_dim: Hidden width of the router.
+
+        Raises:
+            UnknownNameError: There is no such aggregate.
+            ValueError: There is no group, a category is in two, inner models differ in the number of capabilities, or
+                the base has other or fewer layers.
+            DataNotFoundError: The base is nowhere.
+            CheckpointError: It has other weights.
+        """
+        if aggregate not in AGGREGATES:
+            raise UnknownNameError("aggregate", aggregate, AGGREGATES)
+        require(len(groups) >= 1, "groups", groups, "needs at least one inner model")
+        layers = 0 if 0 in (task_layers, capability_layers) else max(task_layers, capability_layers)
+        super().__init__(base, base_sha256, layers)
+        self.groups = groups
+        self.capabilities = capabilities or []
+        self.names = capability_names(self.capabilities, list(groups))
+        self.capability_names = list(dict.fromkeys(name for names in self.names for name in names))
+        places = [[self.capability_names.index(name) for name in names] for names in self.names]
+        self.register_buffer("columns", torch.tensor(places, dtype=torch.long), persistent=False)
+        self.task_layers = task_layers
+        self.task_rank = task_rank
+        self.capability_layers = capability_layers
+        self.capability_rank = capability_rank
+        self.aggregate = aggregate
+        self.aggregate_dim = aggregate_dim
+        self.router_dim = router_dim
+        self.group_of = stack_names(groups)
+        self.prompt_body = nn.Sequential(nn.Linear(self.dim, router_dim), nn.GELU())
+        inner = [self.build_inner() for _ in groups]
+        self.outer = MoELayer(
+            TopKRouter(router_dim, len(inner), 1, normalize=False),
+            ModuleExperts(inner, stream=[-1] * len(inner), unit_ndims=(2, 1)),
+            combine="select",
+        )
+        self.complete()
+
+    def build_inner(self) -> InnerModel:
+        """A new inner model."""
+        task = self.lora_experts(1, self.task_rank, layers=self.task_layers)
+        experts, count = None, len(self.names[0])
+        if count:
+            experts = self.lora_experts(count, self.capability_rank, layers=self.capability_layers)
+        return InnerModel(self.finish, task, experts, self.aggregate_dim, self.aggregate)
+
+    @property
+    def inner(self) -> list[InnerModel]:
+        """The inner models in the order of the groups."""
+        return list(self.outer.experts.experts)  # type: ignore[arg-type]
+
+    def route(self, prompts: Tensor) -> Tensor:
+        """The router's logits `(B, G)` of what `read_prompts` gives, `(B, D)`."""
+        logits: Tensor = self.outer.router(self.prompt_body(prompts)).router_logits
+        return logits
+
+    def score_names(self, route: int) -> list[str]:
+        """The capabilities of an inner model."""
+        return self.names[route]
+
+    def read(self, inputs: Inputs, oracle: bool = False) -> Reading:
+        """Rewards, and what they are made of; see `Backbone.read`."""
+        features = self.prompt_body(inputs.prompts)
+        decided = self.outer.router(features)
+        route = decided.expert_index[:, 0]
+        used = decided
+        if oracle:
+            known = torch.where(inputs.groups >= 0, inputs.groups, route)
+            used = forced(known, len(self.groups))
+        out = self.outer((inputs.hidden, inputs.mask), router_input=features, routing=used)
+        return Reading(out[:, 0], out[:, 1:], route)
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether there is anything to route."""
+        return len(self.groups) > 1
+
+    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
+        """What a phase trains."""
+        if phase == ROUTER:
+            return [*self.prompt_body.parameters(), *self.outer.router.parameters()]
+        if phase == JOINT:
+            return list(self.inner[0].task.parameters())
+        if phase == TASK:
+            return [parameter for model in self.inner for parameter in model.task.parameters()]
+        with_experts = [model for model in self.inner if model.mixture is not None]
+        parts = [model.experts if phase == CAPABILITY else model.combine for model in with_experts]
+        return [parameter for part in parts for parameter in part.parameters()]
+
+    @torch.no_grad()
+    def begin(self, phase: str) -> None:
+        """Start a phase from what the one before it has learned."""
+        if phase == TASK:
+            for model in self.inner[1:]:
+                # After `joint` these are equal; without it each starts from the same untrained LoRA.
+                model.task.copy_from(self.inner[0].task)
+        if phase == CAPABILITY:
+            for model in self.inner:
+                model.experts.head.copy_(model.task.head.expand_as(model.experts.head))
+
+    def phase_loss(self, phase: str, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a phase; see `Backbone.phase_loss`."""
+        pairs = len(preferences)
+        if phase == ROUTER:
+            logits, wanted = self.route(inputs.prompts[:pairs]), inputs.groups[:pairs]
+            return nn.functional.cross_entropy(logits, wanted), logits.argmax(1) == wanted
+        if phase == CAPABILITY:
+            scores = self.by_group(inputs, InnerModel.capability_scores)
+            chosen, rejected = scores[:pairs], scores[pairs:]
+            # Groups have capabilities of their own: the loss is that of each group's, added up.
+            groups = inputs.groups[:pairs]
+            wanted = preferences.gather(1, self.columns[groups])
+            right = ((chosen - rejected) * wanted > 0)[wanted != 0]
+            losses = [
+                capability_loss(chosen[rows], rejected[rows], wanted[rows])
+                for rows in (groups == number for number in groups.unique())
+            ]
+            return torch.stack(losses).sum(), right
+        if phase == JOINT:
+            rewards = self.inner[0].task_rewards(inputs.hidden, inputs.mask)
+        elif phase == TASK:
+            rewards = self.by_group(inputs, InnerModel.task_rewards)
+        else:
+            rewards = self.read(inputs, oracle=True).reward
+        return bradley_terry_loss(rewards[:pairs], rewards[pairs:]), rewards[:pairs] > rewards[pairs:]
+
+    def by_group(self, inputs: Inputs, ask: Callable[[InnerModel, Tensor, Tensor], Tensor]) -> Tensor:
+        """What each text's own inner model answers, `(B, ...)`."""
+        places, answers = [], []
+        for number, model in enumerate(self.inner):
+            rows = (inputs.groups == number).nonzero()[:, 0]
+            if len(rows):
+                places.append(rows)
+                answers.append(ask(model, inputs.hidden[rows], inputs.mask[rows]))
+        return torch.cat(answers)[torch.cat(places).argsort()]
+
+
+def capability_names(capabilities: list[str] | dict[str, list[str]], groups: Sequence[str]) -> list[list[str]]:
+    """The capabilities of each inner model.
+
+    Args:
+        capabilities: Of all, or by the inner model's name.
+        groups: Names of the inner models.
+
+    Raises:
+        UnknownNameError: An inner model that is named does not exist.
+        ValueError: One has no capabilities where others have, or another number of them, or one twice.
+    """
+    if isinstance(capabilities, list):
+        capabilities = {group: capabilities for group in groups}
+    for name in capabilities:
+        if name not in groups:
+            raise UnknownNameError("inner model with capabilities", name, groups)
+    names = [list(capabilities.get(group, [])) for group in groups]
+    counts = {group: len(of) for group, of in zip(groups, names, strict=True)}
+    if len(set(counts.values())) > 1 or any(len(set(of)) < len(of) for of in names):
+        raise ValueError(f"capabilities: every inner model needs the same number of different ones; found {counts}.")
+    return names
+
+
+def forced(groups: Tensor, count: int) -> RoutingOutput:
+    """The decision that sends each of B texts to a given inner model.
+
+    Args:
+        groups: `(B,)` int64.
+        count: G.
+    """
+    index, one_hot = groups[:, None], nn.functional.one_hot(groups, count).float()
+    return RoutingOutput(index, torch.ones_like(index, dtype=torch.float32), index, one_hot, one_hot, count)
+
+
+def category_numbers(groups: Mapping[str, int], categories: Sequence[str], unknown: int = -1) -> Tensor:
+    """The inner model of each category, `(B,)` int64.
+
+    Args:
+        groups: By category.
+        categories: B of them.
+        unknown: Of a category that has none.
+    """
+    return torch.tensor([groups.get(category, unknown) for category in categories])

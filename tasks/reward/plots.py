@@ -1,0 +1,113 @@
+"""The figures of an evaluation: consistency by category, where prompts go, and best-of-n."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.reward.best_of_n import Curve
+from tasks.reward.evaluate import Report
+from zoo.report import PALETTE, plot_style, save_figure
+
+# Inches of a bar, and of the gap between two groups of them.
+BAR, GAP = 0.2, 0.35
+CHANCE = 50
+
+
+def plot_consistency(
+    report: Report, path: str | Path, models: Sequence[str] | None = None, keys: Sequence[str] | None = None
+) -> Path:
+    """Draw the consistency of several models, one group of bars per metric, with 95 % intervals over prompts and seeds.
+
+    Args:
+        report: What to draw.
+        path: File to write.
+        models: Whose; all by default.
+        keys: Metrics; all by default.
+    """
+    from matplotlib.figure import Figure
+
+    models, keys = list(models or report.scores), list(keys or report.metric_names())
+    width = BAR / (BAR * len(models) + GAP)
+    with plot_style():
+        figure = Figure(figsize=(max(1.5 + len(keys) * (BAR * len(models) + GAP), 6), 4.8))
+        axes = figure.subplots()
+        places = np.arange(len(keys))
+        for number, model in enumerate(models):
+            mean, low, high = np.array([report.interval(model, key) for key in keys]).T
+            at = places + (number - (len(models) - 1) / 2) * width
+            axes.bar(at, mean, width, color=PALETTE[number % len(PALETTE)], label=model)
+            axes.errorbar(at, mean, [mean - low, high - mean], fmt="none", ecolor="0.2", elinewidth=1)
+        axes.axhline(CHANCE, color="0.5", linewidth=1, linestyle="--")
+        axes.set_xticks(places, [_in_words(key, report) for key in keys], rotation=45, ha="right")
+        axes.set_xlim(-0.5, len(keys) - 0.5)
+        axes.set_ylim(30, 100)
+        axes.set_ylabel("pairs ranked as people do (%)")
+        axes.set_title("Consistency; lines are 95 % intervals over prompts and seeds, dashed is chance", loc="left")
+        figure.legend(loc="outside lower center", ncols=min(len(models), 5))
+        return save_figure(figure, path)
+
+
+def _in_words(key: str, report: Report) -> str:
+    name, _, rest = key.rpartition("/")
+    words = name if name else rest.replace("_", " ")
+    return f"{words} (n={len(report.subsets[key]):,})"
+
+
+def plot_routes(matrix: NDArray[np.int64], names: Sequence[str], path: str | Path) -> Path:
+    """Draw where prompts of each group are sent, as shares of the group, with the number of prompts in each cell.
+
+    Args:
+        matrix: Of `confusion_matrix`.
+        names: Of the groups.
+        path: File to write.
+    """
+    from matplotlib.figure import Figure
+
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    accuracy = np.trace(matrix) / max(matrix.sum(), 1)
+    with plot_style():
+        figure = Figure(figsize=(3.5 + 0.8 * len(names), 2.5 + 0.6 * len(names)))
+        axes = figure.subplots()
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        for (row, column), count in np.ndenumerate(matrix):
+            dark = shares[row, column] > 0.6
+            axes.text(column, row, f"{count}", ha="center", va="center", color="white" if dark else "black")
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlabel("sent to the inner model")
+        axes.set_ylabel("prompts of the group")
+        axes.set_title(f"Outer router: {accuracy:.1%} of prompts right", loc="left")
+        figure.colorbar(image, ax=axes, label="share of the group's prompts")
+        return save_figure(figure, path)
+
+
+def plot_best_of_n(curves: Mapping[str, Curve], path: str | Path) -> Path:
+    """Draw the gold reward and the proxy's own against KL, a line per proxy; shaded are 95 % intervals over prompts.
+
+    Args:
+        curves: By the proxy's name.
+        path: File to write.
+    """
+    from matplotlib.figure import Figure
+
+    with plot_style():
+        figure = Figure(figsize=(11, 4.6))
+        left, right = figure.subplots(1, 2)
+        for number, (name, curve) in enumerate(curves.items()):
+            colour = PALETTE[number % len(PALETTE)]
+            left.plot(curve.kl, curve.gold, "o-", color=colour, label=name)
+            left.fill_between(curve.kl, curve.low, curve.high, color=colour, alpha=0.12)
+            right.plot(curve.kl, curve.proxy, "o-", color=colour)
+        left.set_ylabel("gold reward of the pick")
+        left.set_title("What the pick is worth", loc="left")
+        right.set_ylabel("proxy reward of the pick (each on its own scale)")
+        right.set_title("What the proxy takes it for", loc="left")
+        first = next(iter(curves.values()))
+        for axes in (left, right):
+            axes.set_xlabel("KL from the policy (nats), ln n - (n - 1) / n")
+            above = axes.secondary_xaxis("top")
+            above.set_xticks(first.kl, [f"n={n}" for n in first.n], fontsize=8)
+        figure.legend(loc="outside lower center", ncols=min(len(curves), 5))
+        return save_figure(figure, path)

@@ -1,0 +1,414 @@
+"""Lightning task of reward models: train them phase by phase, compare them pair by pair, score a user's answers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor
+
+from tasks.reward.backbone import Backbone, Inputs
+from tasks.reward.baselines import LoraEnsemble, ObjectiveModel
+from tasks.reward.data import CandidateDataset, PairDataset, RewardDataModule, TextDataset, number_prompts
+from tasks.reward.evaluate import (
+    PERCENT,
+    Report,
+    confusion_matrix,
+    length_differences,
+)
+from tasks.reward.groups import HARMLESS
+from tasks.reward.model import DMoERM, category_numbers
+from tasks.reward.plots import plot_consistency, plot_routes
+from tasks.reward.texts import Batch, PrefixStore, fingerprint
+from zoo import hub
+from zoo.errors import UnknownNameError
+from zoo.report import print_table, write_metrics, write_predictions
+from zoo.task import MoETask, StepOutput, check_network, warmup_cosine
+
+MODELS: dict[str, type[Backbone]] = {"dmoerm": DMoERM, "ensemble": LoraEnsemble, "objectives": ObjectiveModel}
+OURS, ORACLE, LONGER = "ours", "oracle", "longer"
+MEMORY = "memory"
+# Answers that a person is shown.
+SHOWN = 20
+DIFFERENCE_KEYS = {"": "mean", "/low": "low", "/high": "high"}
+
+
+class RewardTask(MoETask):
+    """Train a reward model, one phase after another, or compare it with others, or score answers.
+
+    The trainer's epochs are those of all phases together. A phase touches no parameter but its own.
+    """
+
+    model: Backbone
+
+    def __init__(
+        self,
+        kind: str = "dmoerm",
+        network: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        epochs: dict[str, int] | None = None,
+        rivals: dict[str, str] | None = None,
+        cache: str | None = None,
+        lr: float = 1e-3,
+        phase_lr: dict[str, float] | None = None,
+        weight_decay: float = 1e-2,
+        warmup: float = 0.1,
+    ) -> None:
+        """Build the model.
+
+        Args:
+            kind: `dmoerm`, or a baseline: `ensemble` or `objectives`; see `tasks.reward.model` and `.baselines`.
+            network: Arguments of that class that differ from its defaults.
+            pretrained: Name of a zoo checkpoint, or a folder written by `zoo.save`, in place of a new network.
+            epochs: Of each phase that is trained, see the class's `phases`; their order is that of the phases.
+            rivals: Checkpoints of other reward models, by a name, that `test` compares with.
+            cache: Where to keep what the frozen layers make of each text: `memory`, or a folder that later runs find
+                it in; about 0.2 MB a text. None computes it anew in every epoch.
+            lr: Peak learning rate of AdamW, reached anew in each phase.
+            phase_lr: Other rates for some phases.
+            weight_decay: Its weight decay.
+            warmup: Share of a phase's steps in which the rate rises.
+
+        Raises:
+            UnknownNameError: There is no such kind, argument of the network, or phase.
+            ValueError: Both a new network and a checkpoint are asked for.
+        """
+        if kind not in MODELS:
+            raise UnknownNameError("kind of reward model", kind, MODELS)
+        check_network(MODELS[kind], network, pretrained)
+        self.kind = kind
+        self.network = network or {}
+        self.pretrained = pretrained
+        self.epochs = epochs or {}
+        self.rival_names = rivals or {}
+        self.cache = cache
+        self.phase_lr = phase_lr or {}
+        # Plain mappings, so that Lightning saves none of them.
+        self.rivals: dict[str, Backbone] = {}
+        self.stores: dict[str, PrefixStore] = {}
+        # Of a test, by the model's name: `(2, n)` rewards of chosen and rejected answers.
+        self.rewards: dict[str, NDArray[np.float64]] = {}
+        self.routes: NDArray[np.intp] = np.zeros(0, np.intp)
+        self.scores: list[dict[str, float]] = []
+        super().__init__(lr, weight_decay, warmup)
+        for name in {**self.epochs, **self.phase_lr}:
+            if name not in self.model.phases:
+                raise UnknownNameError(f"phase of {type(self.model).__name__}", name, self.model.phases)
+        self.plan = [phase for phase in self.model.phases for _ in range(self.epochs.get(phase, 0))]
+
+    def configure_models(self) -> None:
+        """Load the checkpoint, or build a new network."""
+        if self.pretrained:
+            self.model = hub.load_as(self.pretrained, *MODELS.values())  # type: ignore[type-abstract]
+        else:
+            self.model = MODELS[self.kind](**self.network)
+        self.model.train()
+
+    @property
+    def data(self) -> RewardDataModule:
+        """Where the texts come from."""
+        data: RewardDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data
+
+    # --- phases ---------------------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> str:
+        """What the current epoch trains; outside of fitting, the last phase."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return (self.plan or self.model.phases)[-1]
+        return self.plan[min(self.trainer.current_epoch, len(self.plan) - 1)]
+
+    def setup(self, stage: str) -> None:
+        """Compare the model with the data and the trainer.
+
+        Raises:
+            ValueError: They have different bases, or the trainer's epochs are not those of the phases.
+            UnknownNameError: A category of the training pairs belongs to no inner model.
+        """
+        if self.data.base != self.model.base:
+            raise ValueError(
+                f"The reward model is built on {self.model.base!r}, the data are cut by the tokenizer of "
+                f"{self.data.base!r}: set --data.base to the model's."
+            )
+        if stage == "fit":
+            self.check_plan()
+        if stage not in ("fit", "validate"):
+            return
+        self.data.label(self.model.capability_names)
+        if len(self.model.groups) > 1:
+            for dataset in (self.data.train_set, self.data.val_set):
+                for name in dict.fromkeys(dataset.categories if dataset else ()):
+                    if name not in self.model.group_of:
+                        raise UnknownNameError(
+                            "category without an inner model", name, self.model.group_of, "See network.groups."
+                        )
+
+    def check_plan(self) -> None:
+        """Refuse a trainer whose epochs are not those of the phases."""
+        if not self.plan:
+            raise ValueError(f"epochs={self.epochs}: nothing is trained; phases are {', '.join(self.model.phases)}.")
+        for phase in dict.fromkeys(self.plan):
+            if not self.model.phase_parameters(phase):
+                raise ValueError(f"epochs={self.epochs}: this {type(self.model).__name__} has nothing for {phase!r}.")
+        if self.trainer.max_epochs != len(self.plan):
+            raise ValueError(
+                f"trainer.max_epochs={self.trainer.max_epochs}: has to be {len(self.plan)}, the sum of epochs="
+                f"{self.epochs}."
+            )
+        if self.trainer.reload_dataloaders_every_n_epochs != 1:
+            raise ValueError("Phases learn from other pairs: set trainer.reload_dataloaders_every_n_epochs to 1.")
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over all that any phase trains; what a phase does not train gets no gradient, and is not touched."""
+        parameters = {id(p): p for phase in self.plan for p in self.model.phase_parameters(phase)}
+        return torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=self.weight_decay)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin a phase, or go on with it."""
+        if self.plan.index(self.phase) == self.trainer.current_epoch:
+            self.model.begin(self.phase)
+            # A phase may train on what an earlier one has trained: it begins without that one's momentum.
+            self.optimizers().state.clear()  # type: ignore[union-attr]
+        self.model.apply_phase(self.phase)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set the rate: it rises, then falls as a cosine, over each phase anew."""
+        batches = int(self.trainer.num_training_batches)
+        step = (self.trainer.current_epoch - self.plan.index(self.phase)) * batches + batch_idx
+        peak = self.phase_lr.get(self.phase, self.lr)
+        factor = warmup_cosine(step, self.plan.count(self.phase) * batches, self.warmup)
+        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
+            group["lr"] = peak * factor
+
+    def step(self, batch: Batch) -> StepOutput:
+        """The phase's loss on training pairs, and which decisions were right."""
+        inputs = self.inputs(self.model, batch, self.data.require("train_set"))
+        loss, right = self.model.phase_loss(self.phase, inputs, batch.preferences)
+        return StepOutput(loss, right, right)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the phase's loss and the share of right decisions on validation pairs."""
+        inputs = self.inputs(self.model, batch, self.data.require("val_set"))
+        loss, right = self.model.phase_loss(self.phase, inputs, batch.preferences)
+        if len(right):
+            self.log("val_loss", loss, batch_size=len(right))
+            self.log(f"val_{self.phase}", PERCENT * right.float().mean(), prog_bar=True, batch_size=len(right))
+
+    # --- texts ----------------------------------------------------------------------------------------------------
+
+    def inputs(self, model: Backbone, batch: Batch, dataset: Any) -> Inputs:
+        """What a model reads of a batch; what is frozen is computed once where it is kept."""
+        categories = [dataset.categories[row] for row in batch.rows]
+        groups = category_numbers(model.group_of, categories, -1 if len(model.groups) > 1 else 0).to(batch.mask.device)
+        copies = len(batch.texts) // len(batch.rows)
+        hidden = self.states(model, batch, dataset)
+        if model.reads_prompts:
+            prompts = self.prompt_states(model, batch, dataset).repeat(copies, 1)
+        else:
+            prompts = hidden.new_zeros(len(batch.texts), model.dim)
+        return Inputs(hidden, batch.mask, prompts, groups.repeat(copies))
+
+    def states(self, model: Backbone, batch: Batch, dataset: TextDataset) -> Tensor:
+        """What enters the first adapted layer, `(B, L, D)`."""
+        if self.cache is None:
+            return model.prefix(batch.input_ids, batch.mask, batch.type_ids)
+        store = self.store(model, dataset, model.first)
+        if not store.has(batch.texts):
+            store.put(batch.texts, model.prefix(batch.input_ids, batch.mask, batch.type_ids))
+        return store.get(batch.texts, batch.mask.shape[1]).to(batch.mask.device)
+
+    def prompt_states(self, model: Backbone, batch: Batch, dataset: TextDataset) -> Tensor:
+        """What a router reads, `(P, D)`."""
+        if self.cache is None:
+            return model.read_prompts(batch.prompt_ids, batch.prompt_mask)
+        store = self.store(model, dataset, None)
+        if not store.has(batch.prompts):
+            store.put(batch.prompts, model.read_prompts(batch.prompt_ids, batch.prompt_mask)[:, None])
+        return store.get(batch.prompts, 1)[:, 0].to(batch.mask.device)
+
+    def store(self, model: Backbone, dataset: TextDataset, first: int | None) -> PrefixStore:
+        """Where states of a dataset are kept: those that enter a layer, or one of each prompt."""
+        key = f"{model.base_sha256}-{first}-{id(dataset)}"
+        if key not in self.stores:
+            tokens = dataset.prompts if first is None else dataset.texts
+            path = None
+            if self.cache not in (None, MEMORY):
+                name = fingerprint(model.base_sha256, first, [[one.ids, one.types] for one in tokens])
+                path = Path(str(self.cache)) / f"{name}.f16"
+            lengths = [1 if first is None else len(one.ids) for one in tokens]
+            self.stores[key] = PrefixStore(lengths, model.dim, path)
+        return self.stores[key]
+
+    # --- after fitting --------------------------------------------------------------------------------------------
+
+    def on_fit_end(self) -> None:
+        """Save the model as a checkpoint in the run folder; all that was trained is what is saved."""
+        self.model.requires_grad_(False)
+        batch = self.data.require("val_set").collate([0])  # type: ignore[attr-defined]
+        golden = [batch.input_ids, batch.mask, batch.type_ids]
+        golden += [part.repeat(2, 1) for part in (batch.prompt_ids, batch.prompt_mask)]
+        config = (hub.assets() / "configs/reward/dmoerm-minilm.yaml").read_text()
+        folder = Path(self.trainer.default_root_dir) / "checkpoint"
+        card = reward_card(self.model, self.data, self.epochs)
+        hub.save(self.model.cpu().eval(), folder, card=card, golden_input=golden, config=config)
+        print(f"Checkpoint: {folder}")
+
+    # --- testing --------------------------------------------------------------------------------------------------
+
+    def on_test_start(self) -> None:
+        """Begin new results."""
+        self.rivals = {
+            name: hub.load_as(path, *MODELS.values()).to(self.device).eval()  # type: ignore[type-abstract]
+            for name, path in self.rival_names.items()
+        }
+        count = len(self.data.require("test_set"))  # type: ignore[arg-type]
+        names = [OURS, *([ORACLE] if len(self.model.groups) > 1 else []), *self.rivals]
+        self.rewards = {name: np.full((2, count), np.nan) for name in names}
+        self.routes = np.full(count, -1, dtype=np.intp)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score a batch of pairs by the model and its rivals."""
+        dataset = self.data.require("test_set")
+        inputs = self.inputs(self.model, batch, dataset)
+        reading = self.model.read(inputs)
+        self.keep(OURS, batch, reading.reward)
+        self.routes[batch.rows] = reading.route[: len(batch.rows)].cpu().numpy()
+        if ORACLE in self.rewards:
+            self.keep(ORACLE, batch, self.model.read(inputs, oracle=True).reward)
+        for name, rival in self.rivals.items():
+            self.keep(name, batch, rival.read(self.inputs(rival, batch, dataset)).reward)
+
+    def keep(self, name: str, batch: Batch, rewards: Tensor) -> None:
+        """Keep the rewards `(2P,)` of a batch's pairs."""
+        self.rewards[name][:, batch.rows] = rewards.double().cpu().numpy().reshape(2, -1)
+
+    def report(self, folder: Path) -> dict[str, float]:
+        """Print the tables; write `metrics.json`, `predictions.parquet` and the figures."""
+        dataset: PairDataset = self.data.require("test_set")  # type: ignore[assignment]
+        read = np.flatnonzero(~np.isnan(self.rewards[OURS][0]))
+        pairs = [dataset.pairs[place] for place in read]
+        lengths = length_differences(pairs)
+        differences = {name: (of[0] - of[1])[read] for name, of in self.rewards.items()} | {LONGER: lengths}
+        categories = [pair.category for pair in pairs]
+        report = Report.of(categories, number_prompts(pairs), lengths, differences, goals_of(categories))
+        keys = [key for key in report.metric_names() if "/" not in key or key.partition("/")[0] in GOALS]
+        print_table(f"Consistency on {len(pairs)} pairs, percent", report.rows(keys))
+        print_table("Ours with 95 % intervals over prompts", report.interval_rows(OURS))
+        metrics = report.all_metrics(OURS)
+        for rival in differences:
+            if rival != OURS:
+                rows = report.difference_rows(OURS, rival, keys)
+                print_table(f"Ours minus {rival}, 95 % intervals over prompts", rows)
+                for row in rows:
+                    metrics |= {f"minus_{rival}/{row['metric']}{end}": row[key] for end, key in DIFFERENCE_KEYS.items()}
+        pictures = [plot_consistency(report, folder / "consistency.png")]
+        pictures += self.report_routes(pairs, read, folder, metrics)
+        print(f"Pictures: {', '.join(map(str, pictures))}")
+        write_metrics(folder, metrics)
+        write_predictions(folder, self.pair_rows(pairs, read))
+        return metrics
+
+    def report_routes(self, pairs: Any, read: NDArray[np.intp], folder: Path, metrics: dict[str, float]) -> list[Path]:
+        """Print and draw where the router sends the prompts of each group, each prompt once."""
+        names = list(self.model.groups)
+        wanted = [self.model.group_of.get(pair.category, -1) for pair in pairs]
+        first = np.unique(number_prompts(pairs), return_index=True)[1]
+        known = [place for place in first.tolist() if wanted[place] >= 0]
+        if len(names) < 2 or not known:
+            return []
+        matrix = confusion_matrix([wanted[p] for p in known], self.routes[read][known].tolist(), len(names))
+        metrics["router_acc"] = PERCENT * float(np.trace(matrix) / matrix.sum())
+        metrics["router_acc_largest_group"] = PERCENT * float(matrix.sum(axis=1).max() / matrix.sum())
+        rows = [
+            {"prompts of": name, **dict(zip(names, row.tolist(), strict=True))}
+            for name, row in zip(names, matrix, strict=True)
+        ]
+        print_table(f"Outer router: {metrics['router_acc']:.1f} % of {matrix.sum()} prompts right; sent to", rows)
+        return [plot_routes(matrix, names, folder / "router.png")]
+
+    def pair_rows(self, pairs: Any, read: NDArray[np.intp]) -> list[dict[str, Any]]:
+        """One row per pair."""
+        names = list(self.model.groups)
+        rows = []
+        for place, pair in zip(read, pairs, strict=True):
+            row: dict[str, Any] = {"id": pair.id, "category": pair.category, "target": "chosen"}
+            row["route"] = names[self.routes[place]]
+            for name, (chosen, rejected) in ((name, of[:, place]) for name, of in self.rewards.items()):
+                row |= {f"{name}: chosen": chosen, f"{name}: rejected": rejected}
+            ours = self.rewards[OURS][:, place]
+            row["prediction"] = "chosen" if ours[0] > ours[1] else "rejected" if ours[0] < ours[1] else "tie"
+            rows.append(row)
+        return rows
+
+    # --- prediction -----------------------------------------------------------------------------------------------
+
+    def on_predict_start(self) -> None:
+        """Begin new results."""
+        self.prediction_rows = []
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Score a batch of answers."""
+        dataset: CandidateDataset = self.data.require("predict_set")  # type: ignore[assignment]
+        reading = self.model.read(self.inputs(self.model, batch, dataset))
+        names = list(self.model.groups)
+        for number, row in enumerate(batch.rows):
+            one, route = dataset.candidates[row], int(reading.route[number])
+            scores = zip(self.model.score_names(route), reading.scores[number].tolist(), strict=True)
+            found = {"prompt": one.prompt, "answer": one.answer, "reward": float(reading.reward[number])}
+            self.prediction_rows.append(found | {"category": names[route]} | dict(scores))
+        return reading.reward
+
+    def report_predictions(self, folder: Path) -> None:
+        """Print answers with their reward and rank, 1 for the best of a prompt, and write `predictions.parquet`."""
+        rows: list[dict[str, Any]] = [dict(row) for row in self.prediction_rows]
+        for row in rows:
+            same = [other["reward"] for other in rows if other["prompt"] == row["prompt"]]
+            row["rank"] = 1 + sum(reward > row["reward"] for reward in same)
+        self.prediction_rows = rows
+        first = ["answer", "rank", "reward", "category"]
+        scores = list(dict.fromkeys(name for row in rows for name in row if name not in (*first, "prompt")))
+        shown = [row | {"answer": shorten(row["answer"])} for row in rows[:SHOWN]]
+        print_table(f"{len(shown)} of {len(rows)} answers", shown, [*first, *scores])
+        super().report_predictions(folder)
+
+
+GOALS = ("helpful", "harmless")
+
+
+def goals_of(categories: list[str]) -> dict[str, list[str]]:
+    """The two goals of the development data, where both are there."""
+    harmless = [name for name in dict.fromkeys(categories) if name in HARMLESS]
+    helpful = [name for name in dict.fromkeys(categories) if name not in HARMLESS]
+    return dict(zip(GOALS, (helpful, harmless), strict=True)) if harmless and helpful else {}
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """The beginning of a text in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 3] + "..."
+
+
+def reward_card(model: Backbone, data: RewardDataModule, epochs: dict[str, int]) -> hub.Card:
+    """What a trained reward model says about itself."""
+    whats = {
+        DMoERM: "Double-layer mixture of LoRA experts",
+        LoraEnsemble: "LoRA ensemble",
+        ObjectiveModel: "Several objectives on one LoRA",
+    }
+    what = "Single LoRA" if isinstance(model, DMoERM) and len(model.groups) == 1 else whats[type(model)]
+    phases = ", ".join(f"{phase} {count}" for phase, count in epochs.items())
+    return hub.Card(
+        title=f"{what} as a reward model",
+        task="reward modelling: which of two answers to a prompt people prefer",
+        description=(
+            f"Scores answers to prompts. Holds what was trained alone and needs the base {model.base}. Rewards compare "
+            "answers to the same prompt; across prompts they mean nothing."
+        ),
+        data=f"{data.describe()}; epochs by phase: {phases}.",
+        data_terms="its trainer's to say",
+        weights_licence="its trainer's to say",
+        preprocessing={"base": model.base, "max_length": data.max_length, "least_prompt": data.least_prompt},
+    )

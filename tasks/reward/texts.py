@@ -1,0 +1,226 @@
+"""Prompts and answers as tokens, batches of them, and a store for what the frozen base makes of them."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# What stands between prompt and answer for a causal model, which has no tokens for it.
+ANSWER = "\n\nassistant: "
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A text without padding.
+
+    Attributes:
+        ids: Its tokens.
+        types: 0 for the prompt, 1 for the answer; 0 throughout for causal models.
+        cut_prompt: Tokens that its prompt has lost.
+        cut_answer: Tokens that its answer has lost.
+    """
+
+    ids: list[int]
+    types: list[int]
+    cut_prompt: int = 0
+    cut_answer: int = 0
+
+
+def is_encoder(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether a tokenizer marks the start of a text and the end of its parts as BERT's does."""
+    return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+
+
+def encode_texts(
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    tokenizer: "PreTrainedTokenizerFast",
+    max_length: int = 256,
+    least_prompt: int = 32,
+) -> list[Tokens]:
+    """Tokens of prompts with their answers, `[CLS] prompt [SEP] answer [SEP]`, cut to a length.
+
+    The prompt is cut first, from its left: its end says what is asked. Only when `least_prompt` tokens are left of it
+    does the answer lose its end.
+
+    Args:
+        prompts: One for each answer.
+        answers: The answers.
+        tokenizer: Of the base.
+        max_length: Tokens of a text.
+        least_prompt: Tokens of the prompt that stay, where it has so many.
+
+    Raises:
+        ValueError: The length leaves no room.
+    """
+    encoder = is_encoder(tokenizer)
+    if encoder:
+        before, between, after = [tokenizer.cls_token_id], [tokenizer.sep_token_id], [tokenizer.sep_token_id]
+    else:
+        before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        between = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+        after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    room = max_length - len(before) - len(between) - len(after)
+    if least_prompt < 0 or room <= least_prompt:
+        raise ValueError(
+            f"max_length={max_length} and least_prompt={least_prompt}: leave no room for an answer, or are negative."
+        )
+    # Equal prompts have several answers, and are cut up once.
+    whole_prompts = dict(zip(dict.fromkeys(prompts), _pieces(list(dict.fromkeys(prompts)), tokenizer), strict=True))
+    found = []
+    for prompt, answer in zip(prompts, _pieces(answers, tokenizer), strict=True):
+        asked = whole_prompts[prompt]
+        kept = answer[: room - min(len(asked), least_prompt)]
+        left = asked[max(len(asked) - (room - len(kept)), 0) :]
+        ids = [*before, *left, *between, *kept, *after]
+        second = len(kept) + len(after) if encoder else 0
+        types = [0] * (len(ids) - second) + [1] * second
+        found.append(Tokens(ids, types, len(asked) - len(left), len(answer) - len(kept)))
+    return found
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerFast", max_length: int = 256) -> list[Tokens]:
+    """Tokens of prompts alone, cut from their left.
+
+    Args:
+        prompts: All different ones.
+        tokenizer: Of the base.
+        max_length: Tokens of a prompt.
+    """
+    if is_encoder(tokenizer):
+        before, after = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+    else:
+        before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    room = max_length - len(before) - len(after)
+    found = []
+    for asked in _pieces(prompts, tokenizer):
+        left = asked[max(len(asked) - room, 0) :]
+        ids = [*before, *left, *after]
+        found.append(Tokens(ids, [0] * len(ids), len(asked) - len(left)))
+    return found
+
+
+def _pieces(texts: Sequence[str], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
+    """Tokens of whole texts."""
+    if not texts:
+        return []
+    # Not verbose: they are cut afterwards, whatever is said about their length.
+    pieces: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
+    return pieces
+
+
+def pad(tokens: Sequence[Tokens], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens `(B, L)`, mask `(B, L)` bool and types `(B, L)` of texts, padded on the right to the longest."""
+    length = max(len(one.ids) for one in tokens)
+    ids = torch.full((len(tokens), length), pad_id)
+    types = torch.zeros(len(tokens), length, dtype=torch.long)
+    mask = torch.zeros(len(tokens), length, dtype=torch.bool)
+    for row, one in enumerate(tokens):
+        size = len(one.ids)
+        ids[row, :size] = torch.tensor(one.ids)
+        types[row, :size] = torch.tensor(one.types)
+        mask[row, :size] = True
+    return ids, mask, types
+
+
+@dataclass(slots=True)
+class Batch:
+    """Texts and their prompts; not frozen, since Lightning sets its fields when it moves it to a device.
+
+    Attributes:
+        input_ids: `(B, L)` int64. Of P pairs B is 2P: all chosen answers, then all rejected ones.
+        mask: `(B, L)` bool.
+        type_ids: `(B, L)` int64.
+        prompt_ids: `(P, M)` int64, the prompts alone; of single answers P is B.
+        prompt_mask: `(P, M)` bool.
+        preferences: `(P, U)` int8, which answer is better in each of U capabilities; U is 0 for single answers.
+        texts: B positions in the dataset's list of texts.
+        prompts: P positions in its list of prompts.
+        rows: P positions in its list of pairs or answers.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    type_ids: Tensor
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    preferences: Tensor
+    texts: list[int]
+    prompts: list[int]
+    rows: list[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class PrefixStore:
+    """States of texts that do not change while a model learns, kept in half precision.
+
+    They are rounded when they come in, too, so that it makes no difference whether a state is new or was stored.
+    """
+
+    def __init__(self, lengths: Sequence[int], dim: int, path: Path | None = None) -> None:
+        """Make room.
+
+        Args:
+            lengths: Tokens of each text.
+            dim: D.
+            path: A file to keep them in beyond this process, beside one that says which are there; None is memory.
+        """
+        self.lengths = np.asarray(lengths)
+        self.starts = np.concatenate([[0], self.lengths.cumsum()])
+        shape = (int(self.starts[-1]), dim)
+        self.states: NDArray[np.float16]
+        self.known: NDArray[np.bool_]
+        if path is None:
+            self.states, self.known = np.empty(shape, np.float16), np.zeros(len(lengths), np.bool_)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.states = _open(path, np.float16, shape)
+            self.known = _open(path.with_suffix(".known"), np.bool_, (len(lengths),))
+
+    def has(self, texts: Sequence[int]) -> bool:
+        """Whether all of some texts are there."""
+        return bool(self.known[texts].all())
+
+    def put(self, texts: Sequence[int], hidden: Tensor) -> None:
+        """Keep `(B, L, D)`, without padding."""
+        values = hidden.detach().half().cpu().numpy()
+        for row, text in enumerate(texts):
+            if not self.known[text]:
+                start, length = self.starts[text], self.lengths[text]
+                self.states[start : start + length] = values[row, :length]
+                self.known[text] = True
+
+    def get(self, texts: Sequence[int], length: int) -> Tensor:
+        """`(B, L, D)` float32 of some texts, zero in padding."""
+        found = np.zeros((len(texts), length, self.states.shape[1]), np.float16)
+        for row, text in enumerate(texts):
+            start, size = self.starts[text], self.lengths[text]
+            found[row, :size] = self.states[start : start + size]
+        return torch.from_numpy(found).float()
+
+
+def _open(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """An array in a file, of zeros where there is none yet."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    mode = "r+" if path.is_file() and path.stat().st_size == size else "w+"
+    return np.memmap(path, dtype=dtype, mode=mode, shape=shape)
+
+
+def fingerprint(*parts: Any) -> str:
+    """A name for what a store holds, of plain values."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,103 @@
+"""Small bases made at run time: a BERT and a Llama over the words of generated pairs, and batches of random texts."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+from tasks.reward.backbone import Backbone, Inputs
+from tasks.reward.examples import Pair, generate_pairs
+from tests.tasks.qa.builders import word_pieces
+
+GROUPS = {"ground": ["synthetic_travel", "synthetic_speed"], "kitchen": ["synthetic_cooking"]}
+EACH = {name: [name] for name in ("synthetic_travel", "synthetic_cooking", "synthetic_speed")}
+CAPABILITIES = ["length", "no_repetition"]
+
+
+def words_of(pairs: list[Pair]) -> list[str]:
+    """Texts to make a vocabulary from."""
+    return [text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)]
+
+
+def save_base(folder: Path, width: int = 32, layers: int = 3, length: int = 64) -> str:
+    """A BERT with random weights and its tokenizer, as a folder that serves as a base."""
+    tokenizer = word_pieces(words_of(generate_pairs(300)), 300)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=2 * width,
+        max_position_embeddings=length,
+        # As large as this every part of the network matters.
+        initializer_range=0.2,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_llama(folder: Path, width: int = 32, layers: int = 3, length: int = 64) -> str:
+    """The same of a Llama."""
+    words = sorted({word for text in words_of(generate_pairs(300)) for word in text.replace(":", " : ").split()})
+    vocabulary = {word: place for place, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=length,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    LlamaModel(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+def texts(count: int = 6, length: int = 12, vocabulary: int = 60) -> dict[str, torch.Tensor]:
+    """Random texts of different lengths, and prompts."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, vocabulary, (count, length), generator=generator)
+    sizes = torch.randint(4, length + 1, (count, 1), generator=generator)
+    sizes[0] = length
+    mask = torch.arange(length) < sizes
+    types = (torch.arange(length) >= 3).long().expand(count, -1)
+    return {
+        "input_ids": ids * mask,
+        "mask": mask,
+        "type_ids": types * mask,
+        "prompt_ids": ids[:, :4],
+        "prompt_mask": mask[:, :4],
+    }
+
+
+def inputs_of(model: Backbone, found: dict[str, torch.Tensor], groups: list[int]) -> Inputs:
+    """What a model reads of texts."""
+    hidden = model.prefix(found["input_ids"], found["mask"], found["type_ids"])
+    prompts = model.read_prompts(found["prompt_ids"], found["prompt_mask"])
+    return Inputs(hidden, found["mask"], prompts, torch.tensor(groups))
+
+
+@torch.no_grad()
+def stir(model: Backbone, scale: float = 0.3) -> Any:
+    """Give everything that is added to the base random values, so that all of it matters."""
+    generator = torch.Generator().manual_seed(2)
+    for phase in model.phases:
+        for parameter in model.phase_parameters(phase):
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model

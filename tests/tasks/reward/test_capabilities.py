@@ -1,0 +1,136 @@
+"""Measured properties: what each counts, when it decides, and what people's choices say about the default lists."""
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tasks.reward.capabilities import (
+    CAPABILITIES,
+    DEFAULTS,
+    capability_preferences,
+    default_capabilities,
+)
+from tasks.reward.examples import Pair, read_preference
+from zoo.errors import UnknownNameError
+
+PLAIN = "The cat sat on the mat and looked at the river below the old house."
+# For each property an answer that has more of it than PLAIN.
+MORE = {
+    "length": PLAIN + " Then it sat on the mat.",
+    "new_words": "Every spring, hungry kittens explore gardens, chase butterflies, climb fences, and nap under lilacs.",
+    "prompt_overlap": "Where do cats sleep, and which animals share their beds?",
+    "no_repetition": "One quick fox ran.",
+    "formatting": "- The cat sat\n- It **looked** at the river\n\n```\nriver\n```",
+    "names_and_numbers": "The cat sat with Anna in Paris for 12 days, and Anna left in 1999.",
+    "short_sentences": "The cat sat. It looked. A river ran. A house stood.",
+    "few_hedges": "Cats do sleep there.",
+    "refusal": "I'm sorry, but I can\u2019t say where cats sleep.",
+    "warning_words": "That is dangerous and illegal: respect the law.",
+    "polite_words": "Thanks, I am happy to help you with the cat.",
+}
+# What MORE is compared with, where PLAIN has none of it to lack.
+LESS = {"no_repetition": "the cat sat the cat sat the cat sat", "few_hedges": "Perhaps cats might sleep there, maybe."}
+PROMPT = "Where do cats sleep, and which animals share their beds?"
+
+
+def pairs() -> list[Pair]:
+    return [Pair(PROMPT, more, LESS.get(name, PLAIN), "Chat", name) for name, more in MORE.items()]
+
+
+def test_every_property_prefers_the_answer_that_has_more_of_it() -> None:
+    names = list(CAPABILITIES)
+    assert names == list(MORE)
+    table = capability_preferences(pairs(), names)
+    assert table.dtype == np.int8 and table.shape == (len(names), len(names))
+    assert (np.diag(table) == 1).all(), dict(zip(names, np.diag(table).tolist(), strict=True))
+
+
+def test_preferences_follow_from_scores_and_margins() -> None:
+    names = ["refusal", "length", "formatting"]
+    for row, pair in zip(capability_preferences(pairs(), names), pairs(), strict=True):
+        for name, preference in zip(names, row, strict=True):
+            one = CAPABILITIES[name]
+            difference = one.score(pair.prompt, pair.chosen) - one.score(pair.prompt, pair.rejected)
+            assert preference == (0 if abs(difference) < one.margin else math.copysign(1, difference))
+
+
+def test_swapped_answers_turn_every_sign_and_equal_ones_tie() -> None:
+    names = list(CAPABILITIES)
+    swapped = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs()]
+    assert (capability_preferences(swapped, names) == -capability_preferences(pairs(), names)).all()
+    assert not capability_preferences([replace(pair, rejected=pair.chosen) for pair in pairs()], names).any()
+
+
+def test_space_around_an_answer_tells_nothing() -> None:
+    for name, one in CAPABILITIES.items():
+        for answer in MORE.values():
+            assert one.score(PROMPT, f" \n\n{answer}\n\n ") == one.score(PROMPT, answer), name
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "score"),
+    [
+        ("length", "one two-three it's", math.log(5)),
+        ("length", "", 0),
+        ("new_words", "Cats sleep in Warm, warm and dry beds; so do I.", math.log(3)),
+        ("prompt_overlap", "Cats share beds, beds, beds.", 3 / 5),
+        ("no_repetition", "a b c a b c", 3 / 4),
+        ("no_repetition", "a b", 1),
+        (
+            "formatting",
+            "# Title\n\n1. one\n2) two\n  * three\n\ntext **bold** 3.5 -4\n```x```",
+            math.log(4 * 3 * 2 * 3),
+        ),
+        ("names_and_numbers", "Old Tom met Ann Lee, Bob and Ann in 1999 with 3.5 kg.\n2. Then", math.log(7)),
+        ("short_sentences", "Is 3.5 more? Yes!\nIt is", -math.log1p(7 / 3)),
+        ("short_sentences", "", 0),
+        ("few_hedges", "It may rain, or perhaps not.", -2 / 6),
+        ("refusal", "I cannot do that.", 1),
+        ("refusal", "As an AI I have no bed.", 1),
+        ("refusal", "Use a can of paint. " * 10 + "Sorry.", 0),
+        ("warning_words", "Theft is a crime.", 1 / 4),
+        ("polite_words", "Thank you, thanks! I am sorry.", math.log(4)),
+    ],
+)
+def test_scores_by_hand(name: str, answer: str, score: float) -> None:
+    assert CAPABILITIES[name].score(PROMPT, answer) == pytest.approx(score)
+
+
+def test_every_property_can_measure_anything() -> None:
+    for text in ("", " ", "\n\n", "...", "\u4f60\u597d", "**", "```", "\u2019" * 5, "9" * 5000):
+        for name, one in CAPABILITIES.items():
+            assert math.isfinite(one.score(text, text)), name
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(UnknownNameError, match=r"measurable capability 'formating'. Did you mean 'formatting'"):
+        capability_preferences(pairs(), ["length", "formating"])
+
+
+def test_default_lists_are_five_names_each_and_fresh() -> None:
+    for category in (*DEFAULTS, "Open QA", "my own", ""):
+        names = default_capabilities(category)
+        assert len(set(names)) == len(names) == 5 and set(names) <= set(CAPABILITIES) - {"length"}
+        names.clear()
+        assert len(default_capabilities(category)) == 5
+
+
+@pytest.mark.skipif("MOE_ZOO_DATA" not in os.environ, reason="needs the development data")
+def test_people_follow_the_default_lists_most() -> None:
+    """On an eighth of the training pairs: rightly less wrongly decided ones, listed properties against the others."""
+    root = Path(os.environ["MOE_ZOO_DATA"]) / "preference"
+    found = [pair for goal in ("helpful", "harmless") for pair in read_preference(root / f"{goal}_train.parquet")[::8]]
+    names = [name for name in CAPABILITIES if name != "length"]
+    table = capability_preferences(found, names)
+    lists: dict[tuple[str, ...], list[int]] = {}
+    for place, pair in enumerate(found):
+        lists.setdefault(tuple(default_capabilities(pair.category)), []).append(place)
+    assert len(lists) == 4
+    for listed, places in lists.items():
+        gains = dict(zip(names, table[places].mean(axis=0), strict=True))
+        rest = [gains[name] for name in names if name not in listed]
+        assert np.mean([gains[name] for name in listed]) > max(0, *rest), gains

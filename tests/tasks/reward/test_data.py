@@ -1,0 +1,198 @@
+"""How texts are cut, what phases learn from, labels, the store of states, and what a datamodule refuses."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tasks.reward.capabilities import capability_preferences
+from tasks.reward.data import GENERATED_COUNTS, RewardDataModule, limit_pairs, number_prompts
+from tasks.reward.examples import generate_pairs
+from tasks.reward.texts import PrefixStore, encode_prompts, encode_texts, fingerprint, pad
+from tests.tasks.reward.builders import save_base, save_llama
+from zoo.base_models import load_tokenizer
+from zoo.errors import DataNotFoundError, UnknownNameError
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    return {"bert": save_base(folder / "bert"), "llama": save_llama(folder / "llama")}
+
+
+def datamodule(base, **changes):
+    return RewardDataModule(source="generated", base=base, max_length=32, least_prompt=4, **changes)
+
+
+@pytest.fixture(scope="module")
+def data(bases):
+    """Generated pairs, ready to be learned."""
+    found = datamodule(bases["bert"], aggregate_share=0.4, batch_size=8)
+    found.setup(None)
+    return found
+
+
+def words(tokenizer, ids):
+    return tokenizer.convert_ids_to_tokens(ids)
+
+
+def test_the_prompt_is_cut_first_and_from_its_left(bases):
+    tokenizer = load_tokenizer(bases["bert"])
+    prompt, answer = "how do i travel to", "take the train then the bus"
+    whole, tight, tighter = (
+        encode_texts([prompt], [answer], tokenizer, length, least)[0] for length, least in ((32, 2), (12, 2), (9, 2))
+    )
+    assert words(tokenizer, whole.ids) == ["[CLS]", *prompt.split(), "[SEP]", *answer.split(), "[SEP]"]
+    assert whole.types == [0] * 7 + [1] * 7 and whole.cut_prompt == whole.cut_answer == 0
+    assert words(tokenizer, tight.ids) == ["[CLS]", "i", "travel", "to", "[SEP]", *answer.split(), "[SEP]"]
+    assert (tight.cut_prompt, tight.cut_answer) == (2, 0)
+    # Two tokens of the prompt stay, and only then does the answer lose its end.
+    assert words(tokenizer, tighter.ids) == ["[CLS]", "travel", "to", "[SEP]", *answer.split()[:4], "[SEP]"]
+    assert (tighter.cut_prompt, tighter.cut_answer) == (3, 2)
+    (alone,) = encode_prompts([prompt], tokenizer, 4)
+    assert words(tokenizer, alone.ids) == ["[CLS]", "travel", "to", "[SEP]"]
+    with pytest.raises(ValueError, match="no room"):
+        encode_texts([prompt], [answer], tokenizer, 8, 8)
+
+
+def test_a_causal_model_reads_prompt_and_answer_in_turn(bases):
+    tokenizer = load_tokenizer(bases["llama"])
+    (text,) = encode_texts(["how do i travel to"], ["take the train"], tokenizer, 32, 2)
+    found = words(tokenizer, text.ids)
+    assert found[:6] == ["<s>", "how", "do", "i", "travel", "to"] and found[-4:] == ["take", "the", "train", "</s>"]
+    assert set(text.types) == {0}
+
+
+def test_padding_is_on_the_right(bases):
+    tokenizer = load_tokenizer(bases["bert"])
+    tokens = encode_texts(["how do i", "how"], ["train", "bus"], tokenizer, 32, 2)
+    ids, mask, types = pad(tokens, 9)
+    assert mask.sum(1).tolist() == [len(one.ids) for one in tokens]
+    assert ids[1, ~mask[1]].tolist() == [9] * 2 and not types[~mask].any()
+
+
+def test_batches_hold_both_answers_of_each_pair(data):
+    dataset = data.train_set
+    batch = dataset.collate([5, 2, 9])
+    assert len(batch) == 3 and batch.input_ids.shape[0] == 6 and batch.prompt_ids.shape[0] == 3
+    for row, place in enumerate(batch.rows):
+        pair = dataset.pairs[place]
+        for text, answer in ((batch.texts[row], pair.chosen), (batch.texts[row + 3], pair.rejected)):
+            (expected,) = encode_texts([pair.prompt], [answer], data.tokenizer, 32, 4)
+            assert dataset.texts[text].ids == expected.ids
+    assert len({tuple(one.ids) for one in dataset.prompts}) == len({pair.prompt for pair in dataset.pairs})
+
+
+def test_phases_learn_from_their_own_pairs(data):
+    dataset = data.train_set
+    count = len(dataset)
+    assert count == GENERATED_COUNTS["train"] and dataset.held_back.mean() == pytest.approx(0.4, abs=0.05)
+    early, late = set(dataset.places("task")), set(dataset.places("aggregate"))
+    assert early | late == set(range(count)) and not early & late
+    assert not {dataset.prompt_of[p] for p in early} & {dataset.prompt_of[p] for p in late}
+    assert set(dataset.places("joint")) == early and dataset.places("capability") == list(range(count))
+    first = dataset.places("router")
+    assert len(first) == len(dataset.prompts) == len({dataset.prompt_of[place] for place in first})
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(phase="aggregate"))
+    rows = [row for batch in data.train_dataloader() for row in batch.rows]
+    data.trainer = None
+    assert sorted(rows) == sorted(late) and rows != sorted(rows)
+    everything = [row for batch in data.train_dataloader() for row in batch.rows]
+    assert sorted(everything) == list(range(count))
+
+
+def test_labels_are_properties_what_people_prefer_or_those_of_a_file(bases, tmp_path):
+    data = datamodule(bases["bert"], limit=20)
+    data.setup("fit")
+    data.label(["length", "preference", "no_repetition"])
+    for dataset in (data.train_set, data.val_set):
+        own = capability_preferences(dataset.pairs, ["length", "no_repetition"])
+        assert np.array_equal(dataset.preferences[:, [0, 2]], own) and (dataset.preferences[:, 1] == 1).all()
+    assert data.train_set.collate([3]).preferences.dtype == torch.int8
+    data.label([])
+    assert data.train_set.preferences.shape == (20, 0)
+    ids = [pair.id for pair in data.train_set.pairs]
+    rows = [
+        {"id": id_, "capability": "logic", "preferred": "chosen" if n % 2 else "rejected"}
+        for n, id_ in enumerate(ids[:10])
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "labels.csv", index=False)
+    data.labels = str(tmp_path / "labels.csv")
+    data.label(["preference", "logic"])
+    assert data.train_set.preferences[:, 1].tolist() == [-1, 1] * 5 + [0] * 10
+    assert not data.val_set.preferences[:, 1].any()
+    with pytest.raises(ValueError, match="none may be flipped"):
+        datamodule(bases["bert"], flip=0.2, labels="labels.csv")
+
+
+def test_flipped_labels_are_learned_but_not_scored(bases):
+    plain, flipped = datamodule(bases["bert"]), datamodule(bases["bert"], flip=0.4, seed=3)
+    for one in (plain, flipped):
+        one.setup(None)
+    changed = [a.chosen == b.rejected for a, b in zip(plain.train_set.pairs, flipped.train_set.pairs, strict=True)]
+    assert sum(changed) == round(0.4 * len(changed))
+    assert plain.val_set.pairs == flipped.val_set.pairs and plain.test_set.pairs == flipped.test_set.pairs
+    # The texts are the same, so that a store of them serves both.
+    assert [t.ids for t in plain.train_set.texts] == [t.ids for t in flipped.train_set.texts]
+    assert "40% of their labels made wrong" in flipped.describe() and "(synthetic)" in plain.describe()
+
+
+def test_a_file_of_ones_own(bases, tmp_path):
+    pairs = generate_pairs(60, 4)
+    table = pd.DataFrame([{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs])
+    table.to_csv(tmp_path / "own.csv", index=False)
+    data = RewardDataModule(source="file", file=str(tmp_path / "own.csv"), base=bases["bert"], holdout=0.2)
+    data.setup("fit")
+    assert len(data.val_set) == 12 and len(data.train_set) == 48 and not data.has_test
+    with pytest.raises(DataNotFoundError, match=r"--data\.test_file"):
+        data.setup("test")
+    leaking = RewardDataModule(
+        source="file", file=str(tmp_path / "own.csv"), test_file=str(tmp_path / "own.csv"), base=bases["bert"]
+    )
+    with pytest.raises(ValueError, match="60 pairs have a prompt that is in another part"):
+        leaking.setup("fit")
+    with pytest.raises(ValueError, match="nothing to validate on"):
+        RewardDataModule(source="file", file=str(tmp_path / "own.csv"), base=bases["bert"], holdout=0.0).setup("fit")
+    with pytest.raises(ValueError, match="nothing to score"):
+        RewardDataModule(base=bases["bert"]).setup("predict")
+
+
+def test_arguments_that_do_not_fit(bases):
+    with pytest.raises(UnknownNameError, match="preference"):
+        RewardDataModule(source="preferences")
+    with pytest.raises(ValueError, match="no effect"):
+        RewardDataModule(file="own.csv")
+    with pytest.raises(ValueError, match="limit=0"):
+        RewardDataModule(limit=0)
+    with pytest.raises(ValueError, match="go together"):
+        RewardDataModule(prompt="user: hi")
+    with pytest.raises(DataNotFoundError, match="preference/helpful_train"):
+        RewardDataModule(root=str(bases["bert"]), base=bases["bert"]).setup("fit")
+
+
+def test_a_limit_keeps_prompts_together():
+    pairs = generate_pairs(100)
+    kept = limit_pairs(pairs, 30)
+    assert len(kept) == 30 and [pair for pair in pairs if pair in kept] == kept
+    numbers = number_prompts(kept)
+    assert np.bincount(numbers).tolist() == [2] * 15
+
+
+def test_states_are_kept_without_padding_and_found_again(tmp_path):
+    lengths = [3, 5, 2]
+    hidden = torch.randn(2, 5, 4)
+    for path in (None, tmp_path / "states.f16"):
+        store = PrefixStore(lengths, 4, path)
+        assert not store.has([1])
+        store.put([1, 0], hidden)
+        assert store.has([0, 1]) and not store.has([0, 2])
+        found = store.get([0, 1], 6)
+        assert torch.equal(found[0, :3], hidden[1, :3].half().float()) and not found[0, 3:].any()
+        assert torch.equal(found[1, :5], hidden[0].half().float())
+    again = PrefixStore(lengths, 4, tmp_path / "states.f16")
+    assert again.has([0, 1]) and torch.equal(again.get([1], 5)[0], hidden[0].half().float())
+    # Of another size it is another store, which holds nothing yet.
+    assert not PrefixStore([4], 4, tmp_path / "states.f16").has([0])
+    assert fingerprint("a", [1]) != fingerprint("a", [2])

@@ -1,0 +1,328 @@
+"""DMoERM against PEFT and transformers, what each phase leaves alone, and what a reward depends on."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from toys import CARD
+
+import zoo
+from tasks.reward.baselines import LoraEnsemble, ObjectiveModel, reduce_members
+from tasks.reward.lora import LoraExperts
+from tasks.reward.model import PHASES, DMoERM, InnerModel
+from tests.tasks.reward.builders import CAPABILITIES, GROUPS, inputs_of, save_base, save_llama, stir, texts
+from zoo import hub
+from zoo.base_models import load_encoder
+from zoo.errors import UnknownNameError
+
+# Which of the two inner models each of six texts goes to.
+ROUTES = [0, 1, 1, 0, 1, 0]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders of a BERT and a Llama."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {"bert": save_base(folder / "bert"), "llama": save_llama(folder / "llama")}
+
+
+def dmoerm(base, **changes):
+    return DMoERM(GROUPS, list(CAPABILITIES), base, aggregate_dim=8, router_dim=8, **changes)
+
+
+def peft_state(base, found, groups):
+    """The last state that PEFT gives with some LoRAs added up, each in the form `{name: (A, B, scaling)}`."""
+    model = load_encoder(base)
+    names = list(dict.fromkeys(name for group in groups for name in group))
+    rank = [group[next(iter(group))][0].shape[0] for group in groups]
+    # One LoRA of all ranks: their products add up.
+    scaled = {
+        name: (
+            torch.cat([group[name][0] for group in groups if name in group]),
+            torch.cat([group[name][1] * group[name][2] for group in groups if name in group], dim=1),
+        )
+        for name in names
+    }
+    total = sum(rank)
+    wrapped = inject_adapter_in_model(LoraConfig(r=total, lora_alpha=total, target_modules=names), model)
+    for name, (first, second) in scaled.items():
+        layer = wrapped.get_submodule(name)
+        missing = total - first.shape[0]
+        layer.lora_A["default"].weight.data = torch.cat([first, first.new_zeros(missing, first.shape[1])])
+        layer.lora_B["default"].weight.data = torch.cat([second, second.new_zeros(second.shape[0], missing)], dim=1)
+    types = {} if model.config.model_type == "llama" else {"token_type_ids": found["type_ids"]}
+    with torch.no_grad():
+        states = wrapped(input_ids=found["input_ids"], attention_mask=found["mask"].long(), **types).last_hidden_state
+    if model.config.model_type == "llama":
+        return states[torch.arange(len(states)), found["mask"].sum(1) - 1]
+    return states[:, 0]
+
+
+def matrices(model, experts: LoraExperts, number):
+    """The LoRAs of one expert by the base's names of the layers."""
+    found = {}
+    for name, stack in experts.stacks.items():
+        layer, _, path = name.partition("-")
+        # Names in a ModuleDict have no dots.
+        parts = [p for p, _ in model.encoder.get_submodule(f"{model.kind}.{layer}").named_modules()]
+        path = next(p.removesuffix(".base") for p in parts if p.removesuffix(".base").replace(".", "-") == path)
+        found[f"{model.kind}.{layer}.{path}"] = (
+            stack.lora_A[number].detach(),
+            stack.lora_B[number].detach(),
+            stack.scaling,
+        )
+    return found
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize(("task", "capability"), [(1, 1), (2, 1), (1, 2), (0, 0)])
+def test_one_stacked_pass_is_one_pass_of_peft_for_each_expert(bases, kind, task, capability):
+    base = bases[kind]
+    model = stir(dmoerm(base, task_layers=task, capability_layers=capability, task_rank=3, capability_rank=2)).eval()
+    found = texts()
+    inputs = inputs_of(model, found, ROUTES)
+    for inner in model.inner:
+        own = matrices(model, inner.task, 0)
+        with torch.no_grad():
+            states = inner.states(inputs.hidden, inputs.mask)
+            single = inner.finish(inputs.hidden, inputs.mask, (inner.task,))[:, 0]
+        torch.testing.assert_close(single, peft_state(base, found, [own]), atol=1e-4, rtol=1e-4)
+        for number in range(len(CAPABILITIES)):
+            expected = peft_state(base, found, [own, matrices(model, inner.experts, number)])
+            torch.testing.assert_close(states[:, number], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_an_untrained_model_is_its_base_and_reads_prompts_as_it_does(bases, kind):
+    model, found = dmoerm(bases[kind]).eval(), texts()
+    inputs = inputs_of(model, found, ROUTES)
+    expected = peft_state(bases[kind], found, [matrices(model, model.inner[0].task, 0)])
+    with torch.no_grad():
+        for inner in model.inner:
+            for state in inner.states(inputs.hidden, inputs.mask).unbind(1):
+                torch.testing.assert_close(state, expected, atol=1e-5, rtol=1e-4)
+        base = load_encoder(bases[kind])
+        states = base(input_ids=found["prompt_ids"], attention_mask=found["prompt_mask"].long()).last_hidden_state
+    mean = states.mean(1)
+    normal = (mean - mean.mean(1, keepdim=True)) / (mean.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(inputs.prompts, normal, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("aggregate", ["hidden", "score"])
+def test_rewards_are_those_of_each_texts_own_inner_model(bases, aggregate):
+    model, found = stir(dmoerm(bases["bert"], aggregate=aggregate)).eval(), texts()
+    inputs = inputs_of(model, found, ROUTES)
+    with torch.no_grad():
+        # Half of the prompts to each.
+        features = model.prompt_body(inputs.prompts)
+        normal = torch.linalg.lstsq(features, torch.tensor([1.0, 1, -1, -1, 1, -1])[:, None]).solution[:, 0]
+        model.outer.router.weight.copy_(torch.stack([normal, -normal]))
+        oracle, predicted = model.read(inputs, oracle=True), model.read(inputs)
+        route = model.route(inputs.prompts).argmax(1)
+        assert torch.equal(predicted.route, route) and len(route.unique()) == 2
+        for number in range(len(ROUTES)):
+            for reading, group in ((oracle, ROUTES[number]), (predicted, int(route[number]))):
+                inner = model.inner[group]
+                states = inner.states(inputs.hidden[number : number + 1], inputs.mask[number : number + 1])
+                scores = (states * inner.experts.head).sum(-1)
+                first, act, second = inner.combine
+                read = states.flatten(1) if aggregate == "hidden" else scores
+                expected = second(torch.nn.functional.prelu(first(read), act.weight))
+                torch.testing.assert_close(reading.reward[number], expected[0, 0], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(reading.scores[number], scores[0], atol=1e-4, rtol=1e-4)
+        # A text whose category is not known goes where the router sends it.
+        unknown = model.read(inputs_of(model, found, [-1] * 6), oracle=True)
+        torch.testing.assert_close(unknown.reward, predicted.reward)
+        torch.testing.assert_close(model(**found), predicted.reward)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_reward_depends_on_no_batch_mate_and_no_padding(bases, kind):
+    model, found = stir(dmoerm(bases[kind])).eval(), texts()
+    with torch.no_grad():
+        together = model(**found)
+        for number in range(len(together)):
+            size = int(found["mask"][number].sum())
+            alone = {name: tensor[number : number + 1] for name, tensor in found.items()}
+            alone |= {name: alone[name][:, :size] for name in ("input_ids", "mask", "type_ids")}
+            torch.testing.assert_close(model(**alone)[0], together[number], atol=1e-4, rtol=1e-4)
+
+
+def step(model, phase, inputs, preferences, steps=3):
+    """A few optimiser steps of a phase."""
+    model.begin(phase)
+    model.apply_phase(phase)
+    optimizer = torch.optim.AdamW(model.phase_parameters(phase), lr=1e-2, weight_decay=0.1)
+    for _ in range(steps):
+        loss, _ = model.phase_loss(phase, inputs, preferences)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_each_phase_leaves_all_else_byte_identical(bases):
+    model = dmoerm(bases["bert"])
+    found = texts()
+    inputs = inputs_of(model, found, [0, 1, 1, 0, 1, 1])
+    preferences = torch.tensor([[1, -1], [0, 1], [-1, 0]], dtype=torch.int8)
+    base = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    for phase in PHASES:
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        step(model, phase, inputs, preferences)
+        own = {id(parameter) for parameter in model.phase_parameters(phase)}
+        moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+        parts = {name for name, p in model.named_parameters() if id(p) in own}
+        if phase == "task":
+            assert moved <= parts
+        # A phase's own start is part of it: heads are copied.
+        assert moved <= parts and moved, (phase, moved - parts)
+        assert any("lora_A" in name for name in moved) == (phase in ("joint", "task", "capability"))
+        assert any("combine" in name for name in moved) == (phase == "aggregate")
+        assert any("router" in name for name in moved) == (phase == "router")
+    for name, tensor in model.encoder.state_dict().items():
+        assert torch.equal(base[name], tensor), name
+
+
+def test_phases_start_from_one_another(bases):
+    model = dmoerm(bases["bert"])
+    inputs = inputs_of(model, texts(), [0, 0, 0, 0, 0, 0])
+    preferences = torch.ones(3, 2, dtype=torch.int8)
+    step(model, "joint", inputs, preferences)
+    model.begin("task")
+    first, second = model.inner
+    for name, value in first.task.state_dict().items():
+        assert torch.equal(value, second.task.state_dict()[name])
+    step(model, "task", inputs, preferences)
+    model.begin("capability")
+    for inner in model.inner:
+        assert all(torch.equal(head, inner.task.head[0]) for head in inner.experts.head)
+    # Only the first inner model has pairs, so only it has learned in the phase `task`.
+    assert not torch.equal(first.task.head, second.task.head)
+
+
+def test_experts_that_share_a_batch_learn_as_if_alone(bases):
+    both, alone = (dmoerm(bases["bert"]) for _ in range(2))
+    alone.load_state_dict(both.state_dict())
+    inputs = inputs_of(both, texts(), [0] * 6)
+    preferences = torch.tensor([[1, -1], [1, 1], [-1, 0]], dtype=torch.int8)
+    only = preferences.clone()
+    only[:, 1] = 0
+    for model, wanted in ((both, preferences), (alone, only)):
+        model.apply_phase("capability")
+        model.phase_loss("capability", inputs, wanted)[0].backward()
+    for ours, theirs in zip(*(m.inner[0].experts.parameters() for m in (both, alone)), strict=True):
+        torch.testing.assert_close(ours.grad[0], theirs.grad[0])
+        assert not theirs.grad[1].any()
+
+
+def test_groups_may_have_capabilities_of_their_own(bases):
+    names = {"kitchen": ["refusal", "length"], "ground": ["length", "formatting"]}
+    model = stir(DMoERM(GROUPS, names, bases["bert"]))
+    assert model.names == [names["ground"], names["kitchen"]]
+    assert model.capability_names == ["length", "formatting", "refusal"]
+    assert model.score_names(1) == names["kitchen"]
+    inputs = inputs_of(model, texts(), [0, 1, 1, 0, 1, 1])
+    # Of formatting the second group has no expert; of refusal the first.
+    preferences = torch.tensor([[0, 1, 1], [1, 1, -1], [0, 0, 1]], dtype=torch.int8)
+    loss, right = model.phase_loss("capability", inputs, preferences)
+    expected, decisions = 0.0, 0
+    for number, inner in enumerate(model.inner):
+        rows = [row for row in range(3) if int(inputs.groups[row]) == number]
+        scores = inner.capability_scores(inputs.hidden, inputs.mask)
+        for place, name in enumerate(model.names[number]):
+            column = model.capability_names.index(name)
+            signs = [(row, int(preferences[row, column])) for row in rows if preferences[row, column]]
+            terms = [torch.log1p(torch.exp(-s * (scores[r, place] - scores[r + 3, place]))) for r, s in signs]
+            expected += sum(terms) / max(len(terms), 1)
+            decisions += len(terms)
+    torch.testing.assert_close(loss, torch.as_tensor(expected))
+    assert len(right) == decisions
+    with pytest.raises(UnknownNameError, match="kitchn"):
+        DMoERM(GROUPS, {"kitchn": ["length"]}, bases["bert"])
+    with pytest.raises(ValueError, match="same number"):
+        DMoERM(GROUPS, {"kitchen": ["length"]}, bases["bert"])
+    with pytest.raises(ValueError, match="in another group"):
+        DMoERM({"a": ["x"], "b": ["x"]}, [], bases["bert"])
+    with pytest.raises(UnknownNameError, match="aggregate"):
+        dmoerm(bases["bert"], aggregate="sum")
+    with pytest.raises(ValueError, match="layers=9"):
+        dmoerm(bases["bert"], task_layers=9)
+
+
+def test_the_twin_is_one_lora_and_its_reward_the_task_models(bases):
+    model = stir(DMoERM({"all": []}, base=bases["bert"])).eval()
+    inputs = inputs_of(model, texts(), [0] * 6)
+    with torch.no_grad():
+        reading = model.read(inputs)
+        torch.testing.assert_close(reading.reward, model.inner[0].task_rewards(inputs.hidden, inputs.mask))
+    assert reading.scores.shape == (6, 0) and not model.phase_parameters("capability")
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_checkpoint_holds_what_was_trained_alone(bases, kind, tmp_path):
+    model, found = stir(dmoerm(bases[kind])).eval(), texts()
+    golden = [found[name] for name in ("input_ids", "mask", "type_ids", "prompt_ids", "prompt_mask")]
+    hub.save(model, tmp_path / "checkpoint", card=CARD, golden_input=golden)
+    hub.verify(tmp_path / "checkpoint")
+    loaded = zoo.load(tmp_path / "checkpoint")
+    assert not any(name.startswith("encoder.") for name in loaded.state_dict())
+    assert sum(value.numel() for value in loaded.state_dict().values()) == model.trained_parameters()
+    with torch.no_grad():
+        assert torch.equal(loaded(**found), model(**found))
+
+
+def test_the_checkpoint_at_full_size_is_below_25_mb():
+    """Six inner models with five experts each on a base of MiniLM's size, in half precision."""
+    dim, hidden, groups, experts = 384, 1536, 6, 5
+    per_rank = 4 * (dim + dim) + 2 * (dim + hidden)
+    defaults = {name: p.default for name, p in __import__("inspect").signature(DMoERM).parameters.items()}
+    task = defaults["task_layers"] * defaults["task_rank"] * per_rank + dim
+    expert = defaults["capability_layers"] * defaults["capability_rank"] * per_rank + dim
+    width, router = defaults["aggregate_dim"], defaults["router_dim"]
+    mlp = experts * dim * width + width + 1 + width + 1
+    total = groups * (task + experts * expert + mlp) + dim * router + router + groups * router
+    assert 2 * total < 12e6
+    # Two layers of both kinds, twice the ranks of the experts: still below.
+    assert 2 * (total + groups * (task + 3 * experts * expert)) < 25e6
+
+
+# --- baselines -------------------------------------------------------------------------------------------------------
+
+
+def test_members_of_an_ensemble_are_separate_models(bases):
+    model, found = stir(LoraEnsemble(3, base=bases["bert"], rank=2)).eval(), texts()
+    inputs = inputs_of(model, found, [-1] * 6)
+    reading = model.read(inputs)
+    for number in range(3):
+        state = peft_state(bases["bert"], found, [matrices(model, model.experts, number)])
+        expected = state @ model.experts.head[number]
+        torch.testing.assert_close(reading.scores[:, number], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(reading.reward, reading.scores.mean(1))
+    assert torch.equal(reduce_members(reading.scores, "worst", 0.0), reading.scores.min(1).values)
+    penalised = reading.scores.mean(1) - 0.7 * reading.scores.var(1, unbiased=False)
+    torch.testing.assert_close(reduce_members(reading.scores, "uncertainty", 0.7), penalised)
+    with pytest.raises(UnknownNameError, match="reduction"):
+        LoraEnsemble(2, "median", base=bases["bert"])
+
+
+def test_a_gate_weighs_the_objectives_by_the_prompt(bases):
+    model = stir(ObjectiveModel(list(CAPABILITIES), gate=True, base=bases["bert"])).eval()
+    inputs = inputs_of(model, texts(), [-1] * 6)
+    reading = model.read(inputs)
+    weights = torch.softmax(model.gating(inputs.prompts), 1)
+    torch.testing.assert_close(reading.reward, (weights * reading.scores).sum(1))
+    before = copy.deepcopy(model.state_dict())
+    step(model, "gate", inputs, torch.ones(3, 2, dtype=torch.int8))
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
+    assert moved and all(name.startswith("gating") for name in moved)
+    plain = stir(ObjectiveModel(list(CAPABILITIES), base=bases["bert"])).eval()
+    reading = plain.read(inputs_of(plain, texts(), [-1] * 6))
+    assert torch.equal(reading.reward, reading.scores[:, 0]) and plain.phases == ("objectives",)
+
+
+def test_an_inner_model_without_experts_says_so(bases):
+    model = DMoERM({"all": []}, base=bases["bert"])
+    inputs = inputs_of(model, texts(), [0] * 6)
+    with pytest.raises(ValueError, match="no capability experts"):
+        InnerModel.states(model.inner[0], inputs.hidden, inputs.mask)
