@@ -28,7 +28,7 @@ from studies.multitask.methods import MAIN, METHODS, PAIRS, RATES, SHOWN, Method
 from studies.rows import Row, is_done, write_whole
 from tasks.multitask.data import MultitaskDataModule
 from tasks.multitask.encode import TaskDataset
-from tasks.multitask.evaluate import MAJORITY, Labels, Report, ScoredTask, task_dependence
+from tasks.multitask.evaluate import MAJORITY, Labels, Report, ScoredTask, normalise_loads
 from tasks.multitask.model import MultitaskModel
 from tasks.multitask.plots import plot_scores
 from tasks.multitask.task import Answers, MultitaskTask
@@ -36,7 +36,7 @@ from zoo import hub
 from zoo.base_models import MINILM
 from zoo.callbacks import EpochSeed
 from zoo.errors import DataNotFoundError, UnknownNameError
-from zoo.moe import TopKRouter, routed_modules
+from zoo.moe import TopKRouter, group_dependence, routed_modules
 from zoo.report import print_table
 
 FOLDER = Path(__file__).parent
@@ -159,7 +159,8 @@ def judge(task: MultitaskTask, data: MultitaskDataModule, part: str) -> Row:
         }
     }
     if answers.loads:
-        found = task_dependence(answers.loads, [example.task for example in dataset.examples], PERMUTATIONS)
+        loads, tasks_of = normalise_loads(answers.loads), [example.task for example in dataset.examples]
+        found = group_dependence(loads, tasks_of, PERMUTATIONS)
         row["task_dependence"] = {module: [round(value, 5) for value in of] for module, of in found.items()}
     return row
 

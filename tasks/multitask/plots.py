@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.multitask.evaluate import AVERAGE, MAJORITY, PERCENT, Array, Dependence, Report
+from tasks.multitask.evaluate import AVERAGE, MAJORITY, PERCENT, Report
+from zoo.comparison import Array
+from zoo.moe import Dependence
 from zoo.report import PALETTE, plot_style, save_figure
 
 # Colours end at so many times an even share, and at one such part of it.
@@ -25,7 +27,7 @@ def plot_experts(
 
     Args:
         shares: By module and task, of `expert_shares`.
-        dependence: By module, of `task_dependence`.
+        dependence: By module, of `group_dependence`.
         path: File to write.
     """
     from matplotlib.colors import LogNorm
@@ -72,7 +74,7 @@ def plot_dependence(dependence: Mapping[str, Dependence], path: str | Path) -> P
     """Draw how much of each module's routing the task explains, modules by layers, chance subtracted.
 
     Args:
-        dependence: By module, of `task_dependence`.
+        dependence: By module, of `group_dependence`.
         path: File to write.
     """
     from matplotlib.figure import Figure

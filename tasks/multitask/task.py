@@ -20,16 +20,14 @@ from tasks.multitask.evaluate import (
     Report,
     ScoredTask,
     confusion,
-    expert_loads,
-    expert_shares,
+    normalise_loads,
     score,
-    task_dependence,
 )
 from tasks.multitask.model import MultitaskModel
 from tasks.multitask.plots import plot_dependence, plot_experts, plot_scores
 from zoo import hub
 from zoo.callbacks import BiasBalancing
-from zoo.moe import routed_modules
+from zoo.moe import expert_loads, expert_shares, group_dependence, routed_modules
 from zoo.report import print_table, write_metrics, write_predictions
 from zoo.task import MoETask, StepOutput, check_network
 
@@ -320,11 +318,12 @@ class MultitaskTask(MoETask):
         self, dataset: TaskDataset, answers: Answers, folder: Path, metrics: dict[str, float]
     ) -> list[Path]:
         """Draw which experts work for which task, and add how much the task explains of routing to the metrics."""
-        loads = {module: load[answers.asked] for module, load in answers.loads.items()}
+        loads = normalise_loads({module: load[answers.asked] for module, load in answers.loads.items()})
         tasks = [dataset.examples[place].task for place in answers.asked]
         if len(set(tasks)) == 1:
-            return [plot_experts(expert_shares(loads, tasks), task_dependence(loads, tasks, 1), folder / "experts.png")]
-        dependence = task_dependence(loads, tasks)
+            dependence = group_dependence(loads, tasks, permutations=1)
+            return [plot_experts(expert_shares(loads, tasks), dependence, folder / "experts.png")]
+        dependence = group_dependence(loads, tasks)
         for module, found in dependence.items():
             key = f"task_dependence/{module}"
             metrics |= {key: found.explained, f"{key}/chance": found.chance}

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.qa.evaluate import PERCENT, Array, Dependence, Report
+from tasks.qa.evaluate import PERCENT, Report
+from zoo.comparison import Array
+from zoo.moe import Dependence
 from zoo.report import PALETTE, plot_style, save_figure
 
 if TYPE_CHECKING:

@@ -13,8 +13,6 @@ from tasks.qa.evaluate import (
     Array,
     Report,
     domain_dependence,
-    expert_loads,
-    expert_shares,
     overlap_answers,
     score_answers,
 )
@@ -22,6 +20,7 @@ from tasks.qa.model import QAReader
 from tasks.qa.plots import plot_scores, plot_shares
 from tasks.qa.windows import Batch
 from zoo import hub
+from zoo.moe import expert_loads, expert_shares
 from zoo.report import print_table, write_metrics, write_predictions
 from zoo.task import MoETask, StepOutput, check_network
 
@@ -272,7 +271,7 @@ class QATask(MoETask):
         loads = {layer: load[places] for layer, load in self.logits[OURS].loads.items()}
         domains = [dataset.examples[place].domain for place in places]
         documents = [dataset.examples[place].document for place in places]
-        dependence = {layer: domain_dependence(load, domains, documents) for layer, load in loads.items()}
+        dependence = domain_dependence(loads, domains, documents)
         for layer, found in dependence.items():
             key = f"domain_dependence/{layer}"
             metrics |= {key: found.explained, f"{key}/chance": found.chance}

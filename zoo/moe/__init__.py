@@ -7,6 +7,7 @@ from zoo.moe.experts import GroupedExperts, ModuleExperts
 from zoo.moe.feed_forward import FeedForward, diversify_experts, split_dense_mlp, upcycle_dense_mlp
 from zoo.moe.health import Usage, record_usage
 from zoo.moe.layer import MoELayer
+from zoo.moe.loads import Dependence, expert_loads, expert_shares, group_dependence
 from zoo.moe.losses import (
     consistency_loss,
     consistency_step,
@@ -53,6 +54,7 @@ __all__ = [
     "CosineRouter",
     "DenseRouter",
     "DenseToSparseRouter",
+    "Dependence",
     "ExpertChoiceRouter",
     "FeedForward",
     "GroupedExperts",
@@ -87,7 +89,10 @@ __all__ = [
     "distillation_loss",
     "diversify_experts",
     "entropy_loss",
+    "expert_loads",
+    "expert_shares",
     "group_balancing_loss",
+    "group_dependence",
     "importance_loss",
     "load_balancing_loss",
     "load_loss",

@@ -1,25 +1,20 @@
-"""Metrics against scikit-learn, bootstraps against loops, paired differences, expert loads and what tasks explain."""
+"""Metrics against scikit-learn, bootstraps against loops, paired differences."""
 
 import numpy as np
 import pytest
-import torch
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mutual_info_score
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from tasks.multitask.evaluate import (
     MAJORITY,
-    RESAMPLES,
     Report,
     ScoredTask,
     confusion,
-    expert_loads,
-    expert_shares,
     majority,
+    normalise_loads,
     score,
-    task_dependence,
 )
+from zoo.comparison import RESAMPLES
 from zoo.errors import UnknownNameError
-from zoo.moe import DenseRouter, TopKRouter
-from zoo.moe.routing import RouterInput
 
 RANDOM = np.random.default_rng(0)
 
@@ -102,7 +97,7 @@ def test_an_interval_is_that_of_a_naive_bootstrap():
         np.mean([by_hand(t, run[t.name], np.repeat(np.arange(len(t.targets)), draws[t.name][d])) for t in tasks])
         for d in range(40)
     ]
-    np.testing.assert_allclose(report._resample("ours", "average")[:40, 0], naive, rtol=1e-5)
+    np.testing.assert_allclose(report.resample("ours", "average")[:40, 0], naive, rtol=1e-5)
     found = report.interval("ours", "average")
     assert found.low < found.mean < found.high
 
@@ -149,44 +144,6 @@ def test_what_does_not_fit():
         report.values("our", "average")
 
 
-# --- experts ---------------------------------------------------------------------------------------------------------
-
-
-def test_loads_are_the_weights_of_an_example_s_real_tokens():
-    rows, length, experts = 5, 4, 6
-    x = torch.randn(rows * length, 3)
-    mask = torch.rand(rows * length) < 0.8
-    sample = torch.arange(rows).repeat_interleave(length)
-    routing = {
-        "sparse": TopKRouter(3, experts, 2).route(RouterInput(x, mask, sample)),
-        "dense": DenseRouter(experts, 3, "softmax").route(RouterInput(x, mask, sample)),
-    }
-    owners = torch.tensor([1, 1, 0, 2, 2])
-    for name, found in expert_loads(routing, owners, 3).items():
-        expected = np.zeros((3, experts))
-        for token in range(rows * length):
-            if mask[token]:
-                for slot, weight in zip(
-                    routing[name].expert_index[token], routing[name].expert_weight[token], strict=True
-                ):
-                    expected[owners[sample[token]], slot] += weight.item()
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-    with pytest.raises(ValueError, match="has no sample_index"):
-        expert_loads({"a": TopKRouter(3, experts, 2).route(RouterInput(x, mask))}, owners, 3)
-
-
-def test_what_the_task_explains_is_mutual_information_over_entropy():
-    tasks = np.repeat(["a", "b", "c"], [20, 20, 20])
-    chosen = {"some": RANDOM.integers(4, size=60), "all": np.repeat([0, 1, 2], 20), "none": np.tile([0, 1], 30)}
-    loads = {name: np.eye(4, dtype=np.float32)[of] * 3 for name, of in chosen.items()}
-    found = task_dependence(loads, tasks.tolist(), permutations=100)
-    for name, of in chosen.items():
-        shares = np.bincount(of) / 60
-        entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
-        assert found[name].explained == pytest.approx(mutual_info_score(tasks, of) / entropy, abs=1e-9)
-    assert found["all"].explained == pytest.approx(1) and found["all"].p_value < 0.02
-    assert found["none"].explained == pytest.approx(0, abs=1e-12) and found["none"].p_value == 1
-    # Of 60 examples, by chance.
-    assert 0.01 < found["some"].chance < 0.2
-    np.testing.assert_allclose(expert_shares(loads, tasks.tolist())["all"]["b"], [0, 1, 0, 0])
-    assert task_dependence({}, []) == {}
+def test_every_example_weighs_as_much_as_another():
+    found = normalise_loads({"layer": np.array([[1.0, 3], [10, 10]], dtype=np.float32)})["layer"]
+    np.testing.assert_allclose(found, [[0.25, 0.75], [0.5, 0.5]])

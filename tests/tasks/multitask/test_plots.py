@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tasks.multitask import plots
-from tasks.multitask.evaluate import Dependence, Report, ScoredTask
+from tasks.multitask.evaluate import Report, ScoredTask
+from zoo.moe import Dependence
 
 
 @pytest.fixture

@@ -5,29 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from sklearn.metrics import homogeneity_score, mutual_info_score
-from sklearn.metrics.cluster import contingency_matrix
 from torchmetrics.functional.text import squad
 from torchmetrics.text import SQuAD
 
 from tasks.qa.evaluate import (
-    RESAMPLES,
-    Interval,
     Report,
     Scores,
     domain_dependence,
     exact_match,
-    expert_loads,
-    expert_shares,
     f1_score,
     normalise_answer,
     overlap_answers,
     score_answers,
 )
 from tasks.qa.examples import Example, generate_examples, read_examples
+from zoo.comparison import RESAMPLES, Interval
 from zoo.errors import UnknownNameError
-from zoo.moe import RoutingOutput, TopKRouter
 
 # What normalising has to get right: articles as words and as parts of words, capitals that change length, combining
 # marks, punctuation within and outside ASCII, spaces of many kinds, words that are nothing but punctuation.
@@ -288,7 +281,7 @@ def test_paired_difference_removes_what_documents_share() -> None:
     for other in ("first", "fewer"):
         assert report.difference("first", other, "f1_in").low < 0 < report.difference("first", other, "f1_in").high
     alone = Report.of(examples, {"ours": runs(first[0])})
-    assert alone.difference("ours", "ours", "f1_in") == Interval(0, 0, 0)
+    assert alone.difference("ours", "ours", "f1_in") == (0, 0, 0, 1)
 
 
 def test_a_domain_of_one_document_has_no_interval() -> None:
@@ -343,88 +336,7 @@ def test_baseline_on_real_questions() -> None:
     assert sum(report.metrics("overlap")[f"{domain.name}/n"] for domain in report.domains) == 382
 
 
-# --- who works for whom
-
-
-def routed(rows: list[int], experts: int, top_k: int, seed: int = 0) -> RoutingOutput:
-    """Decisions for rows of so many real tokens, each padded to the longest, by a router of random weights."""
-    length = max(rows)
-    router = TopKRouter(input_dim=6, num_experts=experts, top_k=top_k)
-    generator = torch.Generator().manual_seed(seed)
-    torch.nn.init.normal_(next(router.parameters()), generator=generator)
-    x = torch.randn(len(rows) * length, 6, generator=generator)
-    sample = torch.arange(len(rows)).repeat_interleave(length)
-    mask = torch.arange(length).repeat(len(rows)) < torch.tensor(rows).repeat_interleave(length)
-    return router(x, mask=mask, sample_index=sample)
-
-
-def test_expert_loads_are_a_loop_over_tokens() -> None:
-    routing = {"first": routed([4, 7, 2], 5, 2), "second": routed([4, 7, 2], 3, 1, seed=1)}
-    owners, count = [2, 0, 2], 4
-    found = expert_loads(routing, owners, count)
-    assert list(found) == ["first", "second"]
-    for layer, decided in routing.items():
-        expected = np.zeros((count, decided.num_experts))
-        for unit in range(len(decided.mask)):
-            for index, weight in zip(decided.expert_index[unit], decided.expert_weight[unit], strict=True):
-                if decided.mask[unit] and index < decided.num_experts:
-                    expected[owners[int(decided.sample_index[unit])], index] += weight.item()
-        np.testing.assert_allclose(found[layer], expected, rtol=1e-6)
-    # Weights of a token add up to 1.
-    np.testing.assert_allclose(found["first"].sum(axis=1), [7, 0, 6, 0], rtol=1e-6)
-
-
-def test_padding_is_left_out_whatever_its_weight() -> None:
-    routing = routed([3, 1], 4, 2)
-    before = expert_loads({"": routing}, [0, 1], 2)[""]
-    padding = ~routing.mask
-    routing.expert_index[padding], routing.expert_weight[padding] = 0, 5.0
-    np.testing.assert_array_equal(expert_loads({"": routing}, [0, 1], 2)[""], before)
-    real = routing.take(routing.mask.nonzero()[:, 0])
-    real.mask = None
-    np.testing.assert_array_equal(expert_loads({"": real}, [0, 1], 2)[""], before)
-
-
-def test_loads_need_to_know_the_row() -> None:
-    routing = routed([2], 3, 1)
-    routing.sample_index = None
-    with pytest.raises(ValueError, match="'top' has no sample_index"):
-        expert_loads({"top": routing}, [0], 1)
-
-
-def test_expert_shares() -> None:
-    load = np.array([[1.0, 3], [4, 0], [1, 1], [0, 0]])
-    shares = expert_shares({"top": load}, ["b", "a", "b", "a"])
-    assert list(shares["top"]) == ["b", "a"]
-    np.testing.assert_allclose(shares["top"]["b"], [2 / 6, 4 / 6])
-    np.testing.assert_allclose(shares["top"]["a"], [1, 0])
-    with pytest.raises(ValueError, match="'top' has routed no token of the domain 'c'"):
-        expert_shares({"top": load}, ["a", "a", "a", "c"])
-
-
-def test_dependence_is_scikit_learns() -> None:
-    """With as many tokens in each domain it is the homogeneity of experts within domains; domains count alike."""
-    random = np.random.default_rng(0)
-    domain = np.repeat(["a", "b", "c"], 40)
-    expert = np.concatenate([random.choice(4, 40, p=share) for share in random.dirichlet(np.ones(4), 3)])
-    load = np.eye(4)[expert]
-    explained = domain_dependence(load, list(domain), list(range(120)), 1).explained
-    assert explained == pytest.approx(homogeneity_score(expert, domain), abs=1e-12)
-    assert 0.05 < explained < 0.95
-    weights = np.concatenate([load[:40] * 7.5, load[40:80], load[80:]])
-    assert domain_dependence(weights, list(domain), list(range(120)), 1).explained == pytest.approx(explained)
-    whole = load.mean(axis=0)
-    information = mutual_info_score(None, None, contingency=contingency_matrix(domain, expert))
-    assert explained == pytest.approx(information / -(whole * np.log(whole)).sum())
-
-
-def test_dependence_of_extremes() -> None:
-    domains, documents = list("aabbcc"), list("123456")
-    decided = np.eye(3)[[0, 0, 1, 1, 2, 2]]
-    assert domain_dependence(decided, domains, documents).explained == pytest.approx(1)
-    for load in (np.ones((6, 3)), np.eye(3)[[1] * 6]):
-        explained, chance, p_value = domain_dependence(load, domains, documents)
-        assert explained == pytest.approx(0) and chance == pytest.approx(0) and p_value == 1
+# --- routing by domain
 
 
 def test_chance_is_that_of_whole_documents() -> None:
@@ -433,13 +345,14 @@ def test_chance_is_that_of_whole_documents() -> None:
     documents = [f"{document}" for document in range(24) for _ in range(20)]
     domains = ["abc"[int(document) % 3] for document in documents]
     own = random.dirichlet(np.full(4, 0.5), 24).repeat(20, axis=0)
-    explained, chance, p_value = domain_dependence(own, domains, documents)
+    explained, chance, p_value = domain_dependence({"": own}, domains, documents)[""]
     assert explained > 0.02 and chance > 0.02 and p_value > 0.1
-    by_question = domain_dependence(own, domains, [str(number) for number in range(480)])
+    by_question = domain_dependence({"": own}, domains, [str(number) for number in range(480)])[""]
     assert by_question.chance < chance / 5 and by_question.p_value < 0.05
     followed = own + 2 * np.eye(4)[["abc".index(domain) for domain in domains]]
-    assert domain_dependence(followed, domains, documents).p_value == pytest.approx(1 / 501)
-    assert domain_dependence(own, domains, documents) == domain_dependence(own, domains, documents)
+    assert domain_dependence({"": followed}, domains, documents)[""].p_value == pytest.approx(1 / 501)
+    first, second = (domain_dependence({"": own}, domains, documents) for _ in range(2))
+    assert first == second
 
 
 def test_a_perfect_run_of_generated_questions() -> None:

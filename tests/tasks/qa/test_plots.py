@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from tasks.qa import plots
-from tasks.qa.evaluate import Dependence, Report, Scores
+from tasks.qa.evaluate import Report, Scores
 from tasks.qa.examples import Example
+from zoo.moe import Dependence
 
 OOD = ("race", "duorc")
 
