@@ -3,15 +3,15 @@
     python -m benchmarks.on_device [--json FILE] [--program FILE] [--user NAME] [--rounds N]
 
 Both take turns in one process, one thread each, with the same samples, batches and steps; the table shows medians of
-CPU time. An epoch is as many steps of the local expert as show every sample once. Memory is what a customization adds
-to the peak of a process of its own that has read the samples, what the contender imports included. `--program` names
-what `moe-zoo export --format executorch --trainable` wrote; without it, that is done first. Needs the extra `export`.
+CPU time, and what each then makes of the writer's test samples. An epoch is as many steps of the local expert as show
+every sample once. Memory is the peak over what a process of its own holds that has read the samples, what the contender
+imports included. `--program` names what `moe-zoo export --format executorch --trainable` wrote; without it, that is
+done first. Needs the extra `export`, and Linux for the memory.
 """
 
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,7 +24,10 @@ from typing import Any
 
 from torch import Tensor
 
+from tasks.customization.characters import merge
 from tasks.customization.customizer import customize
+from tasks.customization.data import to_float
+from tasks.customization.evaluate import accuracy
 from tasks.customization.model import CustomizedLeNet
 from tasks.customization.on_device import DeviceBackend, customize_on_device, samples_of, to_learn_from
 from zoo import hub
@@ -35,36 +38,48 @@ CONTENDERS = ("executorch", "pytorch")
 EXPERT_BATCH = 64
 
 Progress = Callable[[str, int, int], None]
+# From images to logits.
+Classifier = Callable[[Tensor], Tensor]
 
 
-def learner(name: str, checkpoint: str, program: Path) -> Callable[[Tensor, Tensor, Progress], Any]:
+def learner(name: str, checkpoint: str, program: Path) -> Callable[[Tensor, Tensor, Progress], Classifier]:
     """What customises on one backend, loaded."""
     if name == "executorch":
         backend = DeviceBackend(program)
-        return lambda images, labels, progress: customize_on_device(backend, images, labels, progress=progress)
+
+        def learn(images: Tensor, labels: Tensor, progress: Progress) -> Classifier:
+            learned = customize_on_device(backend, images, labels, progress=progress)
+            return lambda seen: backend.classify(seen, learned)[0]
+
+        return learn
     model = hub.load_as(checkpoint, CustomizedLeNet)
     return lambda images, labels, progress: customize(model, images, labels, progress=progress)
 
 
 def measure(checkpoint: str, program: Path, user: str, rounds: int) -> list[dict[str, Any]]:
     """Medians over rounds in which both take turns: a whole customization, and an epoch of it."""
-    images, labels = to_learn_from(samples_of(None, user, 0))
+    samples = samples_of(None, user, 0)
+    images, labels = to_learn_from(samples)
+    test_images, test_labels = to_float(samples.test.images), merge(samples.test.labels)
     learners = {name: learner(name, checkpoint, program) for name in CONTENDERS}
     whole: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     steps: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    right: dict[str, float] = {}
     for _ in range(rounds):
         for name, learn in learners.items():
             times: list[float] = []
             start = time.process_time()
-            learn(images, labels, steps_of("local expert", times))
+            classify = learn(images, labels, steps_of("local expert", times))
             whole[name].append(time.process_time() - start)
+            right[name] = accuracy(classify(test_images), test_labels)
             steps[name] += [after - before for before, after in pairwise(times)]
     batches = math.ceil(len(labels) / EXPERT_BATCH)
     seconds = {
         "customization": {name: statistics.median(values) for name, values in whole.items()},
         "epoch": {name: batches * statistics.median(values) for name, values in steps.items()},
     }
-    return [{"case": f"{user}, {len(labels)} samples", "mode": mode, "seconds": row} for mode, row in seconds.items()]
+    case = {"case": f"{user}, {len(labels)} samples", "test accuracy": right}
+    return [{**case, "mode": mode, "seconds": row} for mode, row in seconds.items()]
 
 
 def steps_of(phase: str, times: list[float]) -> Progress:
@@ -78,11 +93,19 @@ def steps_of(phase: str, times: list[float]) -> Progress:
 
 
 def peak_memory(name: str, checkpoint: str, program: Path, user: str) -> float:
-    """MiB that a contender, its imports and one customization add to the peak of this process."""
+    """MiB by which a contender, its imports and one customization exceed what this process holds before."""
     images, labels = to_learn_from(samples_of(None, user, 0))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
+    # Reading all writers took more than is held now: the peak counts from here.
+    Path("/proc/self/clear_refs").write_text("5")
     learner(name, checkpoint, program)(images, labels, lambda phase, step, steps: None)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> float:
+    """MiB of this process in memory, as Linux tells: `VmRSS` now, `VmHWM` at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{field}:"))) / 1024
 
 
 def in_a_process_of_its_own(name: str, options: argparse.Namespace, program: Path) -> float:
@@ -119,6 +142,7 @@ def main() -> None:
     lines = [
         {
             "runs on": name,
+            "test accuracy (%)": rows[0]["test accuracy"][name],
             "s per customization": rows[0]["seconds"][name],
             "over PyTorch": rows[0]["seconds"][name] / rows[0]["seconds"]["pytorch"],
             "s per epoch": rows[1]["seconds"][name],

@@ -58,7 +58,7 @@ class _Page:
             self.add = gr.Button("Add", elem_id="mz-add", scale=0, min_width=90)
         self.problems = gr.HTML("", js_on_load=None)
         with gr.Row():
-            with gr.Column(min_width=280):
+            with gr.Column(scale=0, min_width=340):
                 self.pad = gr.HTML([], html_template=asset("canvas.html"), js_on_load=asset("canvas.js"))
                 with gr.Row(elem_classes="mz-bottom"):
                     self.label = gr.Textbox(
@@ -84,6 +84,7 @@ class _Page:
         self.progress = gr.HTML("", js_on_load=None, elem_id="mz-progress")
         self.outcome = gr.HTML("", js_on_load=None, elem_id="mz-outcome")
         gr.HTML("<h2>Take it with you</h2>", js_on_load=None)
+        gr.HTML('<p class="mz-faint">Bring samples that you have in files:</p>', js_on_load=None)
         self.carrier = gr.HTML(
             None,
             html_template=asset("carrier.html"),
@@ -91,6 +92,7 @@ class _Page:
             limit=MAX_IMPORT_BYTES,
             elem_id="mz-carrier",
         )
+        gr.HTML('<p class="mz-faint">Download:</p>', js_on_load=None)
         with gr.Row():
             self.downloads = {
                 kind: gr.Button(text, elem_id=f"mz-{kind}", min_width=150)

@@ -19,6 +19,11 @@ PAIRS, PICTURES = 8, 24
 # An accuracy on fewer samples says little.
 FEW = 20
 
+PHASES = {
+    "local expert": "Learning the local expert",
+    "gate": "Learning the gate",
+    "measuring": "Measuring what changed",
+}
 NO_MODEL = "Not customised yet. Save some samples below, then press Customise."
 
 
@@ -76,7 +81,10 @@ def gallery(samples: Sequence[Sample], chosen: str = "") -> str:
         return '<p class="mz-faint">No samples yet. Write a character, say what it is, and save it.</p>'
     counts = Counter(CHARACTERS[sample.label] for sample in samples)
     chips = [_chip("", f"newest {min(NEWEST, len(samples))}", not chosen)]
-    chips += [_chip(character, f"{character} {counts[character]}", character == chosen) for character in sorted(counts)]
+    chips += [
+        _chip(character, f"{character} &times; {counts[character]}", character == chosen)
+        for character in sorted(counts)
+    ]
     shown = [sample for sample in samples if CHARACTERS[sample.label] == chosen] if chosen else samples[-NEWEST:]
     tiles = [_tile(sample) for sample in reversed(shown[-MOST:])]
     missing = [character for character in MERGED_CHARACTERS if character not in counts]
@@ -116,7 +124,7 @@ def progress(job: Job) -> str:
     """How far a customisation is."""
     percent = round(100 * job.share)
     return (
-        f'<p class="mz-progress"><label>Learning: {job.phase} '
+        f'<p class="mz-progress"><label>{PHASES[job.phase]} '
         f'<progress max="100" value="{percent}">{percent} %</progress></label></p>'
     )
 

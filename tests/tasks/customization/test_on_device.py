@@ -200,11 +200,10 @@ def test_the_runtime_learns_what_pytorch_learns(
     programs: Path, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, (test_images, test_labels) = split(writer)
-    recipe = Recipe(expert_steps=300, gate_steps=150)
     reference = copy.deepcopy(hub.load(CHECKPOINT))
     by_torch = Remembering(TorchBackend(reference))
     with torch.no_grad():
-        keep(reference, learn(by_torch, *own, recipe=recipe))
+        keep(reference, learn(by_torch, *own))
         wanted = reference(test_images)
         before = (hub.load(CHECKPOINT)(test_images).argmax(1) == test_labels).float().mean()
 
@@ -221,7 +220,7 @@ def test_the_runtime_learns_what_pytorch_learns(
                 patch.setattr(torch.nn.functional, name, forbidden)
         backend = DeviceBackend(programs)
         by_runtime = Remembering(backend)
-        learned = customize_on_device(by_runtime, *own, recipe=recipe)
+        learned = customize_on_device(by_runtime, *own)
         logits, expert = backend.classify(test_images, learned)
     for ours, theirs in zip(by_runtime.learners, by_torch.learners, strict=True):
         for value, target in zip(ours.parameters(), theirs.parameters(), strict=True):
