@@ -1,10 +1,10 @@
 """Readers with experts beside plain ones, learned in domain and then on few out-of-domain questions, over seeds.
 
     python -m studies.qa.study                         run what is missing, then write the table and the figure
-    python -m studies.qa.study --methods dense moe --seeds 0 1
+    python -m studies.qa.study --methods dense adapters --seeds 0 1
     python -m studies.qa.study --only table            only write them
-    python -m studies.qa.study --methods dense-ood-eda moe-ood-eda --fold 0 1 2 3 4     choose a second stage's settings
-    python -m studies.qa.study --release moe-ood-eda --seed 0 --out FOLDER              one run's reader as a checkpoint
+    python -m studies.qa.study --methods dense-ood-eda --seeds 0 --fold 0 2             choose a second stage's settings
+    python -m studies.qa.study --release adapters-ood-eda --seed 0 --out FOLDER         one run's reader as a checkpoint
 
 Every (method, seed) is one JSON file in `results/`; what has one is not run again. A second stage of seed s goes on
 from the first stage of seed s modulo 3, whose reader is in `runs/`.

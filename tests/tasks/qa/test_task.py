@@ -145,7 +145,7 @@ def test_predict_answers_a_file(trained: Path, base: str, own: Path, tmp_path: P
 
 
 def test_a_second_stage_leaves_frozen_experts_bit_identical(trained: Path, base: str, tmp_path: Path) -> None:
-    pretrained = ["--model.pretrained", str(trained / "checkpoint")]
+    pretrained = ["--model.pretrained", str(trained / "checkpoint"), "--model.freezing", '{"freeze_experts": true}']
     main(["fit", "-c", "configs/qa/ood.yaml", *pretrained, *generated(base), "--out", str(tmp_path)])
     before, after = (zoo.load(folder / "checkpoint").state_dict() for folder in (trained, tmp_path))
     experts = {name for name in before if ".experts.experts." in name}
@@ -177,7 +177,7 @@ def test_bad_words_and_bases_that_differ(trained: Path, base: str, tmp_path: Pat
 @pytest.mark.timeout(400)
 def test_a_tiny_reader_learns_the_generated_questions(base: str, tmp_path: Path) -> None:
     data = [*generated(base), "--data.limit=null", "--data.max_length=128", "--data.batch_size=16"]
-    options = ["--trainer.max_epochs=12", "--model.lr=2e-3", "--data.augment=null"]
+    options = ["--trainer.max_epochs=12", "--model.lr=2e-3", "--data.stage=joint", "--data.keep_empty=0.5"]
     command = ["fit", "-c", "configs/qa/minilm-moe.yaml", *network(base, freeze="nothing")]
     main([*command, *data, *options, "--out", str(tmp_path)])
     test = ["test", "-c", "configs/qa/minilm-moe.yaml", "--model.network=null"]
