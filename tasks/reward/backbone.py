@@ -272,7 +272,10 @@ class Backbone(AdaptedModel):
         """
         unknown = torch.full((len(input_ids),), -1, device=input_ids.device)
         hidden = self.prefix(input_ids, mask.bool(), type_ids)
-        return self.read(Inputs(hidden, mask.bool(), self.read_prompts(prompt_ids, prompt_mask), unknown)).reward
+        prompts = hidden.new_zeros(len(hidden), self.dim)
+        if self.reads_prompts:
+            prompts = self.read_prompts(prompt_ids, prompt_mask)
+        return self.read(Inputs(hidden, mask.bool(), prompts, unknown)).reward
 
     def score_names(self, route: int) -> list[str]:
         """What the scores of a text are called that an inner model has read.

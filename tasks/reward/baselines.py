@@ -15,6 +15,7 @@ from zoo.errors import UnknownNameError
 from zoo.moe.routers.base import require
 
 MEMBERS, OBJECTIVES, GATE = "members", "objectives", "gate"
+REDUCTIONS = ("mean", "worst", "uncertainty")
 HUMAN = "human"
 
 
@@ -65,8 +66,8 @@ class LoraEnsemble(Backbone):
             UnknownNameError: There is no such reduction.
             ValueError: There is no member, or the base has other or fewer layers.
         """
-        if reduce not in ("mean", "worst", "uncertainty"):
-            raise UnknownNameError("reduction of an ensemble", reduce, ("mean", "worst", "uncertainty"))
+        if reduce not in REDUCTIONS:
+            raise UnknownNameError("reduction of an ensemble", reduce, REDUCTIONS)
         require(members >= 1, "members", members, "must be at least 1")
         super().__init__(base, base_sha256, layers)
         self.members = members

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-RESAMPLES = 1000
+from zoo.comparison import Array, Interval, bounds, draw
 
 
 class Curve(NamedTuple):
@@ -65,26 +64,47 @@ def expected_best(proxy: Array, values: Array, n: int) -> float:
     return float(weights @ means[np.sort(tied)])
 
 
+def picked(proxy: Array, values: Array, sizes: Sequence[int]) -> Array:
+    """The expected values of what a proxy picks for a prompt, `(sizes,)`, the mean over its runs.
+
+    Args:
+        proxy: `(N,)`, or `(seeds, N)`.
+        values: The same shape.
+        sizes: The n.
+    """
+    runs = list(zip(np.atleast_2d(proxy), np.atleast_2d(values), strict=True))
+    return np.array([np.mean([expected_best(by, of, n) for by, of in runs]) for n in sizes])
+
+
 def best_of_n_curve(proxy: Sequence[Array], gold: Sequence[Array], sizes: Sequence[int], seed: int = 0) -> Curve:
     """The curve over prompts, all of which have enough answers for the largest n.
 
     Args:
-        proxy: For each prompt `(N,)` rewards of its answers; N may differ.
-        gold: The same of the gold reward.
+        proxy: For each prompt `(N,)` rewards of its answers, or `(seeds, N)` those of several runs, whose picks count
+            as their mean; N may differ.
+        gold: For each prompt `(N,)` gold rewards.
         sizes: The n.
         seed: Of the bootstrap over prompts.
 
     Raises:
         ValueError: There is no prompt, or one has fewer answers than the largest n.
     """
-    fewest = min((len(of) for of in proxy), default=0)
+    fewest = min((len(of) for of in gold), default=0)
     if fewest < max(sizes):
         raise ValueError(f"sizes={list(sizes)}: a prompt has only {fewest} answers ({len(proxy)} prompts).")
-    golds, proxies = (
-        np.array([[expected_best(by, of, n) for n in sizes] for by, of in zip(proxy, values, strict=True)])
-        for values in (gold, proxy)
-    )
-    drawn = np.random.default_rng(seed).integers(len(golds), size=(RESAMPLES, len(golds)))
-    low, high = np.quantile(golds[drawn].mean(axis=1), (0.025, 0.975), axis=0)
+    golds = np.array([picked(by, np.broadcast_to(of, by.shape), sizes) for by, of in zip(proxy, gold, strict=True)])
+    proxies = np.array([picked(by, by, sizes) for by in proxy])
+    low, high = np.transpose([mean_over_prompts(of, seed)[1:] for of in golds.T])
     kl = np.array([kl_of(n) for n in sizes])
     return Curve(np.array(sizes, dtype=np.intp), kl, golds.mean(axis=0), proxies.mean(axis=0), low, high)
+
+
+def mean_over_prompts(values: Array, seed: int = 0) -> Interval:
+    """The mean of one value per prompt, `(prompts,)`, with its 95 % interval over prompts.
+
+    Args:
+        values: Of each prompt, e.g. by how much one pick is better than another.
+        seed: Of the bootstrap.
+    """
+    drawn = draw(len(values), np.random.default_rng(seed)) @ values / len(values)
+    return Interval(float(values.mean()), *bounds(drawn))

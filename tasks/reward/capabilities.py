@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from tasks.reward.examples import Pair
 from zoo.errors import UnknownNameError
 
+# A capability that is no property of an answer: its expert learns what people prefer, as the task model does.
+PREFERENCE_ITSELF = "preference"
 # Characters in which an answer declines, if it does.
 OPENING = 200
 # Shorter words say little of what a text is about.

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from tasks.reward.capabilities import capability_preferences
+from tasks.reward.capabilities import PREFERENCE_ITSELF, capability_preferences
 from tasks.reward.examples import (
     OFFICIAL,
     Candidate,
@@ -38,8 +38,6 @@ SOURCES = ("preference", *OFFICIAL, "file", "generated")
 GENERATED_COUNTS = {"train": 600, "val": 60, "test": 120}
 # Chooses prompts to hold out and limited sets: the same whatever the run's seed, so that runs compare.
 SPLIT_SEED = 0
-# A capability that is no property of an answer: its expert learns what people prefer, as the task model does.
-PREFERENCE_ITSELF = "preference"
 # Phases that learn from what `aggregate_share` holds back, from one pair of each prompt, and from all pairs; the others
 # learn from what is not held back.
 HELD_BACK, BY_PROMPT, EVERYTHING = ("aggregate", "gate"), ("router",), ("capability", "members")

@@ -5,33 +5,22 @@ Pairs that share a prompt are not independent, and neither are runs that share d
 prompts and seeds, and two models are compared on the same prompts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zoo.errors import UnknownNameError
+from zoo.comparison import Array, Comparison, Row, draw
 
 if TYPE_CHECKING:
     from tasks.reward.examples import Pair
 
 PERCENT = 100
-RESAMPLES = 2000
 POOLED, BALANCED = "consistency", "consistency_length_balanced"
 
-Array = NDArray[np.float64]
 Places = NDArray[np.intp]
-Row = dict[str, Any]
-
-
-class Interval(NamedTuple):
-    """A mean and the 95 % bootstrap interval around it; the bounds are NaN where there is a single prompt."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def agreement(differences: Array) -> Array:
@@ -88,8 +77,8 @@ def confusion_matrix(wanted: Sequence[int], found: Sequence[int], count: int) ->
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
-class Report:
-    """Several models on the same pairs.
+class Report(Comparison):
+    """Several models on the same pairs; intervals are over prompts, and NaN where there is a single one.
 
     Its metrics are `consistency` over all pairs, `consistency_length_balanced` over the subset of `length_balanced`,
     `<goal>/consistency` and `<category>/consistency`. Where the subset is empty its metric is missing.
@@ -99,12 +88,14 @@ class Report:
         prompts: `(n,)` number of each pair's prompt.
         draws: `(RESAMPLES, prompts)` how often each is drawn.
         scores: By model `(seeds, n)` of `agreement`.
+        goals: Names of the goals.
     """
 
     subsets: dict[str, Places]
     prompts: Places
     draws: Array
     scores: dict[str, Array]
+    goals: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -141,67 +132,45 @@ class Report:
         for category in dict.fromkeys(categories):
             subsets[f"{category or 'unknown'}/{POOLED}"] = np.flatnonzero(names == category)
         numbers = np.asarray(prompts, dtype=np.intp)
-        total = int(numbers.max()) + 1
-        drawn = np.random.default_rng(0).multinomial(total, np.full(total, 1 / total), size=RESAMPLES)
         return cls(
             {name: places for name, places in subsets.items() if len(places)},
             numbers,
-            drawn.astype(np.float64),
+            draw(int(numbers.max()) + 1, np.random.default_rng(0)),
             {name: agreement(values) for name, values in stacked.items()},
+            tuple(goals or ()),
         )
+
+    def names(self) -> Collection[str]:
+        """The models."""
+        return self.scores
 
     def metric_names(self) -> list[str]:
         """Names of the metrics."""
         return list(self.subsets)
 
+    def main_names(self) -> list[str]:
+        """All but those of single categories."""
+        return [key for key in self.subsets if "/" not in key or key.rpartition("/")[0] in self.goals]
+
     def values(self, model: str, key: str) -> Array:
-        """A metric of each of a model's runs, `(seeds,)`.
+        """As `Comparison.values`."""
+        self.check(model, key)
+        means: Array = self.scores[model][:, self.subsets[key]].mean(axis=1)
+        return means
 
-        Raises:
-            UnknownNameError: There is no such model or metric.
-        """
-        scores, places = self._find(model, key)
-        return scores[:, places].mean(axis=1)
-
-    def interval(self, model: str, key: str) -> Interval:
-        """A metric's mean with its 95 % interval: as many prompts, and as many seeds, are drawn with replacement."""
-        resampled = draw_seeds(self._resample(model, key), np.random.default_rng(1))
-        return self._interval(float(self.values(model, key).mean()), resampled, key)
-
-    def difference(self, first: str, second: str, key: str) -> Interval:
-        """How much a model is above another, as `interval`: prompts are drawn for both at once, seeds for each."""
-        random = np.random.default_rng(1)
-        ours = draw_seeds(self._resample(first, key), random)
-        theirs = draw_seeds(self._resample(second, key), random)
-        mean = float(self.values(first, key).mean() - self.values(second, key).mean())
-        return self._interval(mean, ours - theirs, key)
-
-    def metrics(self, model: str) -> dict[str, float]:
-        """A model's metrics, means over its seeds."""
-        return {key: float(self.values(model, key).mean()) for key in self.metric_names()}
-
-    def all_metrics(self, model: str) -> dict[str, float]:
-        """A model's metrics, and those of the others as `<other>/<metric>`: what `test` returns."""
-        metrics = self.metrics(model)
-        for other in self.scores:
-            if other != model:
-                metrics |= {f"{other}/{key}": value for key, value in self.metrics(other).items()}
-        return metrics
-
-    def rows(self, keys: Sequence[str] | None = None) -> list[Row]:
-        """Metrics as a table: one row per model and, where it has several seeds, one of their deviation.
-
-        Args:
-            keys: The columns; all by default.
-        """
-        rows: list[Row] = []
-        for model, scores in self.scores.items():
-            values = {key: self.values(model, key) for key in keys or self.metric_names()}
-            rows.append({"model": model} | {key: float(of.mean()) for key, of in values.items()})
-            if len(scores) > 1:
-                deviations = {key: float(of.std(ddof=1)) for key, of in values.items()}
-                rows.append({"model": f"+- over {len(scores)} seeds"} | deviations)
-        return rows
+    def resample(self, model: str, key: str) -> Array:
+        """As `Comparison.resample`; NaN where none of a metric's prompts was drawn."""
+        self.check(model, key)
+        scores, places = self.scores[model], self.subsets[key]
+        numbers, total = self.prompts[places], self.draws.shape[1]
+        if len(np.unique(numbers)) < 2:
+            return np.full((len(self.draws), len(scores)), np.nan)
+        sums = np.zeros((total, len(scores)))
+        np.add.at(sums, numbers, scores[:, places].T)
+        counts = self.draws @ np.bincount(numbers, minlength=total)[:, None]
+        with np.errstate(invalid="ignore"):
+            found: Array = self.draws @ sums / counts
+        return found
 
     def interval_rows(self, model: str) -> list[Row]:
         """A model metric by metric: number of pairs and prompts, and the interval."""
@@ -214,36 +183,3 @@ class Report:
             }
             for key, places in self.subsets.items()
         ]
-
-    def difference_rows(self, first: str, second: str, keys: Sequence[str] | None = None) -> list[Row]:
-        """How much a model is above another, a row for each metric."""
-        return [{"metric": key, **self.difference(first, second, key)._asdict()} for key in keys or self.subsets]
-
-    def _find(self, model: str, key: str) -> tuple[Array, Places]:
-        if model not in self.scores:
-            raise UnknownNameError("model", model, self.scores)
-        if key not in self.subsets:
-            raise UnknownNameError("metric", key, self.subsets)
-        return self.scores[model], self.subsets[key]
-
-    def _resample(self, model: str, key: str) -> Array:
-        """`(RESAMPLES, seeds)` of a metric over drawn prompts; NaN where none of its prompts was drawn."""
-        scores, places = self._find(model, key)
-        numbers, total = self.prompts[places], self.draws.shape[1]
-        sums = np.zeros((total, len(scores)))
-        np.add.at(sums, numbers, scores[:, places].T)
-        counts = self.draws @ np.bincount(numbers, minlength=total)[:, None]
-        with np.errstate(invalid="ignore"):
-            return self.draws @ sums / counts
-
-    def _interval(self, mean: float, resampled: Array, key: str) -> Interval:
-        if len(np.unique(self.prompts[self.subsets[key]])) < 2:
-            return Interval(mean, float("nan"), float("nan"))
-        low, high = np.nanquantile(resampled, (0.025, 0.975))
-        return Interval(mean, float(low), float(high))
-
-
-def draw_seeds(resampled: Array, random: np.random.Generator) -> Array:
-    """`(RESAMPLES,)` means over as many drawn seeds as there are, of `(RESAMPLES, seeds)`."""
-    seeds = random.integers(resampled.shape[1], size=resampled.shape)
-    return np.take_along_axis(resampled, seeds, axis=1).mean(axis=1)

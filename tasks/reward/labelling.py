@@ -387,6 +387,24 @@ VERDICTS: Mapping[str, Answer] = {"a": "first", "b": "second", "tie": "tie"}
 TRANSIENT = (408, 425, 429)
 
 
+def in_words(ask: Ask, what: str) -> list[dict[str, str]]:
+    """A question as the messages of a chat.
+
+    Args:
+        ask: The texts, cut as they are to be shown.
+        what: What the better answer does.
+    """
+    question = QUESTION.format(
+        prompt=ask.prompt,
+        # Space at the ends tells which program wrote an answer.
+        first=ask.first.strip(),
+        second=ask.second.strip(),
+        capability=ask.capability,
+        what=what,
+    )
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+
+
 class EndpointLabeller:
     """A chat model behind an OpenAI-compatible URL. Threads may share it."""
 
@@ -482,15 +500,7 @@ class EndpointLabeller:
         if capability not in self.descriptions:
             hint = "Describe one of your own: descriptions={NAME: WORDS}, --capability NAME=WORDS."
             raise UnknownNameError("capability", capability, self.descriptions, hint)
-        question = QUESTION.format(
-            prompt=prompt[-self.max_prompt :],
-            # Space at the ends tells which program wrote an answer.
-            first=first.strip(),
-            second=second.strip(),
-            capability=capability,
-            what=self.descriptions[capability],
-        )
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        messages = in_words(Ask(prompt[-self.max_prompt :], first, second, capability), self.descriptions[capability])
         return {"model": self.model, "messages": messages, **self.options}
 
     def identity(self, capability: str) -> str:

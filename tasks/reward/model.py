@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.reward.backbone import Backbone, Inputs, Reading, stack_names
+from tasks.reward.capabilities import PREFERENCE_ITSELF
 from tasks.reward.lora import LoraExperts
 from tasks.reward.losses import bradley_terry_loss, capability_loss
 from zoo.base_models import MINILM
@@ -21,6 +22,7 @@ from zoo.moe.routers.base import require
 ROUTER, JOINT, TASK, CAPABILITY, AGGREGATE = "router", "joint", "task", "capability", "aggregate"
 PHASES = (ROUTER, JOINT, TASK, CAPABILITY, AGGREGATE)
 AGGREGATES = ("hidden", "score")
+STARTS = ("preference", "random")
 
 Finish = Callable[[Tensor, Tensor, Sequence[LoraExperts]], Tensor]
 
@@ -99,6 +101,26 @@ class InnerModel(nn.Module):
         """The capability experts' rewards `(B, T)`."""
         return self.experts.scores(self.states(hidden, mask))
 
+    @torch.no_grad()
+    def start_from(self, experts: Sequence[int]) -> None:
+        """Let the MLP begin as the mean of some experts' scores, with the rest of its hidden units still unheard.
+
+        PReLU of slope s makes a number of z and -z whose difference is (1 + s) z.
+
+        Args:
+            experts: Which.
+        """
+        first, act, second = self.combine
+        weights = torch.zeros_like(self.experts.head)
+        weights[list(experts)] = 1 / len(experts)
+        row = (weights * self.experts.head).flatten() if self.aggregate == "hidden" else weights[:, 0]
+        first.weight[:2] = torch.stack([row, -row])
+        first.bias[:2] = 0
+        second.weight.zero_()
+        second.bias.zero_()
+        slope = 1 / (1 + float(act.weight))
+        second.weight[0, :2] = torch.tensor([slope, -slope])
+
     def forward(self, streams: tuple[Tensor, Tensor]) -> Tensor:
         """The reward and, after it, the capability experts' scores: `(B, 1 + T)` of `(B, L, D)` and `(B, L)`."""
         if self.mixture is None:
@@ -139,6 +161,7 @@ class DMoERM(Backbone):
         capability_rank: int = 8,
         aggregate: Literal["hidden", "score"] = "hidden",
         aggregate_dim: int = 64,
+        aggregate_start: Literal["preference", "random"] = "preference",
         router_dim: int = 128,
     ) -> None:
         """Build the model on a frozen base.
@@ -155,11 +178,13 @@ class DMoERM(Backbone):
                 all of them.
             capability_rank: Their rank.
             aggregate: Whether the MLP reads the experts' last states (the released code) or their scores.
-            aggregate_dim: Its hidden width; the released code has D.
+            aggregate_dim: Its hidden width, at least 2; the released code has D.
+            aggregate_start: How the MLP begins its phase: as the score of the expert of the capability `preference`,
+                or without one as the mean of all scores; or at random (the released code).
             router_dim: Hidden width of the router.
 
         Raises:
-            UnknownNameError: There is no such aggregate.
+            UnknownNameError: There is no such aggregate or start.
             ValueError: There is no group, a category is in two, inner models differ in the number of capabilities, or
                 the base has other or fewer layers.
             DataNotFoundError: The base is nowhere.
@@ -167,6 +192,9 @@ class DMoERM(Backbone):
         """
         if aggregate not in AGGREGATES:
             raise UnknownNameError("aggregate", aggregate, AGGREGATES)
+        if aggregate_start not in STARTS:
+            raise UnknownNameError("start of the aggregation", aggregate_start, STARTS)
+        require(aggregate_dim >= 2, "aggregate_dim", aggregate_dim, "must be at least 2")
         require(len(groups) >= 1, "groups", groups, "needs at least one inner model")
         layers = 0 if 0 in (task_layers, capability_layers) else max(task_layers, capability_layers)
         super().__init__(base, base_sha256, layers)
@@ -182,6 +210,7 @@ class DMoERM(Backbone):
         self.capability_rank = capability_rank
         self.aggregate = aggregate
         self.aggregate_dim = aggregate_dim
+        self.aggregate_start = aggregate_start
         self.router_dim = router_dim
         self.group_of = stack_names(groups)
         self.prompt_body = nn.Sequential(nn.Linear(self.dim, router_dim), nn.GELU())
@@ -254,6 +283,10 @@ class DMoERM(Backbone):
         if phase == CAPABILITY:
             for model in self.inner:
                 model.experts.head.copy_(model.task.head.expand_as(model.experts.head))
+        if phase == AGGREGATE and self.aggregate_start == "preference":
+            for model, names in zip(self.inner, self.names, strict=True):
+                own = [place for place, name in enumerate(names) if name == PREFERENCE_ITSELF]
+                model.start_from(own or range(len(names)))
 
     def phase_loss(self, phase: str, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a phase; see `Backbone.phase_loss`."""

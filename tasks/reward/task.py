@@ -19,7 +19,7 @@ from tasks.reward.evaluate import (
     length_differences,
 )
 from tasks.reward.groups import HARMLESS
-from tasks.reward.model import DMoERM, category_numbers
+from tasks.reward.model import JOINT, DMoERM, category_numbers
 from tasks.reward.plots import plot_consistency, plot_routes
 from tasks.reward.texts import Batch, PrefixStore, fingerprint
 from zoo import hub
@@ -87,7 +87,8 @@ class RewardTask(MoETask):
         self.phase_lr = phase_lr or {}
         # Plain mappings, so that Lightning saves none of them.
         self.rivals: dict[str, Backbone] = {}
-        self.stores: dict[str, PrefixStore] = {}
+        # By the base's weights, the layer that is entered, and the texts.
+        self.stores: dict[tuple[str, int | None, TextDataset], PrefixStore] = {}
         # Of a test, by the model's name: `(2, n)` rewards of chosen and rejected answers.
         self.rewards: dict[str, NDArray[np.float64]] = {}
         self.routes: NDArray[np.intp] = np.zeros(0, np.intp)
@@ -147,12 +148,17 @@ class RewardTask(MoETask):
                         )
 
     def check_plan(self) -> None:
-        """Refuse a trainer whose epochs are not those of the phases."""
+        """Refuse a trainer whose epochs are not those of the phases, and phases that the model has no use for."""
         if not self.plan:
             raise ValueError(f"epochs={self.epochs}: nothing is trained; phases are {', '.join(self.model.phases)}.")
         for phase in dict.fromkeys(self.plan):
             if not self.model.phase_parameters(phase):
                 raise ValueError(f"epochs={self.epochs}: this {type(self.model).__name__} has nothing for {phase!r}.")
+        if self.pretrained and JOINT in self.plan and len(self.model.groups) > 1:
+            raise ValueError(
+                f"epochs={self.epochs}: {JOINT!r} makes what inner models start from, and those of {self.pretrained} "
+                "have gone their own ways: leave it out, 'task' trains each of them."
+            )
         if self.trainer.max_epochs != len(self.plan):
             raise ValueError(
                 f"trainer.max_epochs={self.trainer.max_epochs}: has to be {len(self.plan)}, the sum of epochs="
@@ -167,9 +173,10 @@ class RewardTask(MoETask):
         return torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=self.weight_decay)
 
     def on_train_epoch_start(self) -> None:
-        """Begin a phase, or go on with it."""
+        """Begin a phase, or go on with it; a trained model goes on from what it has."""
         if self.plan.index(self.phase) == self.trainer.current_epoch:
-            self.model.begin(self.phase)
+            if self.pretrained is None:
+                self.model.begin(self.phase)
             # A phase may train on what an earlier one has trained: it begins without that one's momentum.
             self.optimizers().state.clear()  # type: ignore[union-attr]
         self.model.apply_phase(self.phase)
@@ -231,7 +238,7 @@ class RewardTask(MoETask):
 
     def store(self, model: Backbone, dataset: TextDataset, first: int | None) -> PrefixStore:
         """Where states of a dataset are kept: those that enter a layer, or one of each prompt."""
-        key = f"{model.base_sha256}-{first}-{id(dataset)}"
+        key = (model.base_sha256, first, dataset)
         if key not in self.stores:
             tokens = dataset.prompts if first is None else dataset.texts
             path = None
@@ -294,13 +301,12 @@ class RewardTask(MoETask):
         differences = {name: (of[0] - of[1])[read] for name, of in self.rewards.items()} | {LONGER: lengths}
         categories = [pair.category for pair in pairs]
         report = Report.of(categories, number_prompts(pairs), lengths, differences, goals_of(categories))
-        keys = [key for key in report.metric_names() if "/" not in key or key.partition("/")[0] in GOALS]
-        print_table(f"Consistency on {len(pairs)} pairs, percent", report.rows(keys))
+        print_table(f"Consistency on {len(pairs)} pairs, percent", report.rows())
         print_table("Ours with 95 % intervals over prompts", report.interval_rows(OURS))
         metrics = report.all_metrics(OURS)
         for rival in differences:
             if rival != OURS:
-                rows = report.difference_rows(OURS, rival, keys)
+                rows = report.difference_rows(OURS, rival)
                 print_table(f"Ours minus {rival}, 95 % intervals over prompts", rows)
                 for row in rows:
                     metrics |= {f"minus_{rival}/{row['metric']}{end}": row[key] for end, key in DIFFERENCE_KEYS.items()}

@@ -1,11 +1,12 @@
 """Small bases made at run time: a BERT and a Llama over the words of generated pairs, and batches of random texts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from tasks.reward.backbone import Backbone, Inputs
 from tasks.reward.examples import Pair, generate_pairs
@@ -42,7 +43,17 @@ def save_base(folder: Path, width: int = 32, layers: int = 3, length: int = 64) 
 
 def save_llama(folder: Path, width: int = 32, layers: int = 3, length: int = 64) -> str:
     """The same of a Llama."""
-    words = sorted({word for text in words_of(generate_pairs(300)) for word in text.replace(":", " : ").split()})
+    return _save_llama(folder, LlamaModel, width, layers, length)
+
+
+def save_causal(folder: Path, letters: Sequence[str] = ("a", "b")) -> str:
+    """A Llama that answers, and knows the two letters of a judge."""
+    return _save_llama(folder, LlamaForCausalLM, 32, 2, 512, letters)
+
+
+def _save_llama(folder: Path, kind: Any, width: int, layers: int, length: int, more: Sequence[str] = ()) -> str:
+    said = [*words_of(generate_pairs(300)), *more]
+    words = sorted({word for text in said for word in text.replace(":", " : ").split()})
     vocabulary = {word: place for place, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -64,7 +75,7 @@ def save_llama(folder: Path, width: int = 32, layers: int = 3, length: int = 64)
         bos_token_id=2,
         eos_token_id=3,
     )
-    LlamaModel(config).save_pretrained(folder)
+    kind(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return str(folder)
 

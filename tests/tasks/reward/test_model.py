@@ -250,6 +250,28 @@ def test_groups_may_have_capabilities_of_their_own(bases):
         dmoerm(bases["bert"], task_layers=9)
 
 
+@pytest.mark.parametrize("aggregate", ["hidden", "score"])
+def test_aggregation_starts_from_the_expert_of_the_preference_or_from_the_mean(bases, aggregate):
+    found = {}
+    for names in (["length", "preference"], ["length", "no_repetition"]):
+        model = stir(DMoERM(GROUPS, names, bases["bert"], aggregate=aggregate, aggregate_dim=8)).eval()
+        model.begin("aggregate")
+        inputs = inputs_of(model, texts(), ROUTES)
+        with torch.no_grad():
+            found[names[1]] = model.read(inputs, oracle=True)
+    chosen, mean = found["preference"], found["no_repetition"]
+    torch.testing.assert_close(chosen.reward, chosen.scores[:, 1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mean.reward, mean.scores.mean(1), atol=1e-4, rtol=1e-4)
+    model = stir(dmoerm(bases["bert"], aggregate_start="random"))
+    before = copy.deepcopy(model.state_dict())
+    model.begin("aggregate")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(UnknownNameError, match="preference, random"):
+        dmoerm(bases["bert"], aggregate_start="zero")
+    with pytest.raises(ValueError, match="at least 2"):
+        DMoERM(GROUPS, ["length"], bases["bert"], aggregate_dim=1)
+
+
 def test_the_twin_is_one_lora_and_its_reward_the_task_models(bases):
     model = stir(DMoERM({"all": []}, base=bases["bert"])).eval()
     inputs = inputs_of(model, texts(), [0] * 6)

@@ -128,6 +128,18 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(
         assert torch.equal(value, ours[name]), name
 
 
+def test_a_trained_model_goes_on_from_what_it_has(
+    base: str, trained: Path, own: Path, tmp_path: Path, capsys: Any
+) -> None:
+    command = ["fit", "-c", "configs/reward/own.yaml", "--model.pretrained", str(trained / "checkpoint")]
+    command += ["--data.file", str(own), f"--data.base={base}", *SMALL, "--out", str(tmp_path)]
+    assert "'task' trains each of them" in sentence(capsys, *command, *epochs(joint=1))
+    # At a rate of zero nothing moves, however a phase begins.
+    main([*command, *epochs(task=1, capability=1, aggregate=1), "--model.lr=0"])
+    before, after = (zoo.load(folder / "checkpoint").state_dict() for folder in (trained, tmp_path))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 def test_test_scores_pairs_beside_rivals(trained: Path, base: str, tmp_path: Path) -> None:
     checkpoint = str(trained / "checkpoint")
     rivals = ["--model.rivals", json.dumps({"twin": checkpoint})]

@@ -1,0 +1,278 @@
+"""What reward models are worth to a real policy: best-of-n against a gold reward, and a policy that learns from picks.
+
+    python -m studies.reward.policy                            run what is missing, then write the tables and the figure
+    python -m studies.reward.policy --proxies dmoerm single --seeds 0
+    python -m studies.reward.policy --only table
+
+Needs the networks that `studies.reward.study` leaves in `runs/`, those of the method `gold` among them. Answers are
+drawn once and kept in `runs/answers/`; every (proxy, seed) of the distillation is one JSON file in `results/`.
+"""
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from studies.reward.methods import GOLD, PROXIES
+from studies.reward.study import FOLDER, SEEDS, Run, StudyData, check_names, line, load_network, numbers
+from studies.rows import Row, is_done, write_whole
+from tasks.reward.backbone import Backbone
+from tasks.reward.best_of_n import Curve, best_of_n_curve, mean_over_prompts, picked
+from tasks.reward.data import limit_pairs
+from tasks.reward.examples import Candidate, Pair
+from tasks.reward.plots import plot_best_of_n
+from tasks.reward.policy import Answered, Policy, rate
+from zoo.base_models import MINILM, SMOLLM2, load_tokenizer
+from zoo.comparison import Array
+from zoo.report import print_table
+
+# Picks that need no reward model.
+RANDOM, LONGER = "random", "longer"
+# Of a prompt with one turn: what the reward models read before it.
+SPEAKER = re.compile(r"(?:user|human): ?", re.IGNORECASE)
+TURN = re.compile(r"\n(?:user|assistant|human): ?", re.IGNORECASE)
+# Characters of a prompt that the policy is asked.
+LONGEST = 300
+
+
+def single_turns(pairs: Sequence[Pair], count: int) -> list[str]:
+    """Short prompts of one turn, drawn from all over the pairs.
+
+    Args:
+        pairs: Where from.
+        count: At most so many.
+    """
+    fitting = [pair for pair in pairs if len(pair.prompt) <= LONGEST and not TURN.search(pair.prompt)]
+    # One pair of each prompt.
+    different = list({pair.prompt: pair for pair in fitting}.values())
+    return [pair.prompt for pair in limit_pairs(different, count)]
+
+
+def spoken(prompt: str) -> str:
+    """What the policy is asked: a prompt without its speaker."""
+    return SPEAKER.sub("", prompt, count=1)
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+class Rater:
+    """A reward model of the study, or a pick that needs none, as a function of prompts and answers."""
+
+    def __init__(self, options: argparse.Namespace, method: str, seed: int) -> None:
+        """Load its network.
+
+        Raises:
+            DataNotFoundError: It has not been run.
+        """
+        self.method = method
+        self.random = np.random.default_rng(seed)
+        self.model: Backbone | None = None
+        if method not in (RANDOM, LONGER):
+            self.model = load_network(options, Run(method, seed))
+            self.tokenizer = load_tokenizer(options.base)
+
+    def __call__(self, prompt: str, answers: Sequence[str]) -> Array:
+        """Rewards of answers to a prompt."""
+        if self.method == RANDOM:
+            return self.random.random(len(answers))
+        if self.model is None:
+            return np.array([len(answer) for answer in answers], dtype=np.float64)
+        return rate(self.model, self.tokenizer, [Candidate(prompt, answer) for answer in answers])
+
+
+# --- best of n -------------------------------------------------------------------------------------------------------
+
+
+def draw_answers(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The policy's answers to held-out prompts, drawn where they are not there yet."""
+    policy: Policy | None = None
+    found: dict[str, list[str]] = {}
+    for number, prompt in enumerate(prompts_of(options, "test", options.prompts)):
+        path = options.folder / "runs" / "answers" / f"{options.source}.{number}.json"
+        about = {"prompt": prompt, **{name: getattr(options, name) for name in ("policy", "answers", "tokens")}}
+        if not is_done(path, about):
+            policy = policy or Policy(options.policy)
+            drawn = policy.sample(spoken(prompt), options.answers, options.tokens, number)
+            write_whole(path, {**about, "drawn": [one.answer for one in drawn]})
+        found[prompt] = json.loads(path.read_text())["drawn"]
+    return found
+
+
+def prompts_of(options: argparse.Namespace, part: str, count: int) -> list[str]:
+    """Prompts of a part."""
+    data = StudyData(source=options.source, base=options.base)
+    return single_turns(data.read(part), count)  # type: ignore[arg-type]
+
+
+def rated(options: argparse.Namespace, method: str, answers: Mapping[str, Sequence[str]]) -> list[Array]:
+    """Rewards `(seeds, N)` of each prompt's answers."""
+    raters = [Rater(options, method, seed) for seed in options.seeds]
+    return [np.stack([rater(prompt, of) for rater in raters]) for prompt, of in answers.items()]
+
+
+def compare_picks(options: argparse.Namespace, answers: Mapping[str, Sequence[str]], gold: list[Array]) -> Row:
+    """Best-of-n of all proxies on the same answers: a line per n, and how much the first is above the others."""
+    sizes = [2**power for power in range(options.answers.bit_length()) if 2**power <= options.answers]
+    rewards = {name: rated(options, name, answers) for name in (*options.proxies, LONGER, RANDOM)}
+    curves = {name: best_of_n_curve(of, gold, sizes) for name, of in rewards.items()}
+    plot_best_of_n(curves, options.folder / "best_of_n.png")
+    most = [sizes[-1]]
+    picks = {
+        name: np.concatenate(
+            [picked(by, np.broadcast_to(of, by.shape), most) for by, of in zip(values, gold, strict=True)]
+        )
+        for name, values in rewards.items()
+    }
+    ours, *others = rewards
+    return {
+        "curves": [entry for name, curve in curves.items() for entry in curve_rows(name, curve)],
+        "differences": [
+            {"compared": f"{ours} - {other}", "n": most[0], **mean_over_prompts(picks[ours] - picks[other])._asdict()}
+            for other in others
+        ],
+    }
+
+
+def curve_rows(name: str, curve: Curve) -> list[Row]:
+    """A line per n."""
+    columns = {field: getattr(curve, field).tolist() for field in Curve._fields}
+    return [{"model": name} | dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+# --- a policy that learns from picks ---------------------------------------------------------------------------------
+
+
+def distil(options: argparse.Namespace, proxy: str, seed: int) -> Row:
+    """Rounds of best-of-n distillation by a proxy; after each, new answers to the held-out prompts."""
+    policy, rater, gold = Policy(options.policy), Rater(options, proxy, seed), Rater(options, GOLD, 0)
+    asked = prompts_of(options, "train", options.teach_prompts)
+    held_out = prompts_of(options, "test", options.prompts)
+    torch.manual_seed(seed)
+    rounds = []
+    for number in range(options.rounds):
+        # Of what is drawn, so that no two draws are alike.
+        start = (1 + seed * options.rounds + number) * 10_000
+        picks = [best(policy, rater, options, prompt, start + place) for place, prompt in enumerate(asked)]
+        loss = policy.teach(picks)
+        given = {
+            prompt: policy.sample(spoken(prompt), options.judged, options.tokens, start + 5_000 + place)
+            for place, prompt in enumerate(held_out)
+        }
+        texts = {prompt: [one.answer for one in of] for prompt, of in given.items()}
+        rounds.append(
+            {
+                "loss": loss,
+                "kl": policy.kl([one for of in given.values() for one in of]),
+                "words": float(np.mean([len(text.split()) for of in texts.values() for text in of])),
+                "gold": line([float(gold(prompt, of).mean()) for prompt, of in texts.items()]),
+                "proxy": line([float(rater(prompt, of).mean()) for prompt, of in texts.items()]),
+            }
+        )
+    return {"after": rounds}
+
+
+def best(policy: Policy, rater: Rater, options: argparse.Namespace, prompt: str, seed: int) -> Answered:
+    """The answer that a proxy picks of a few."""
+    drawn = policy.sample(spoken(prompt), options.picked_from, options.tokens, seed)
+    return drawn[int(rater(prompt, [one.answer for one in drawn]).argmax())]
+
+
+def distil_missing(options: argparse.Namespace) -> None:
+    """Run every distillation without a row."""
+    for seed in options.seeds:
+        for proxy in (*options.proxies, RANDOM):
+            path, about = distil_path(options, proxy, seed), describe(options, proxy, seed)
+            if is_done(path, about):
+                continue
+            print(f"{options.source}, distillation by {proxy}, seed {seed}", flush=True)
+            start = time.perf_counter()
+            row = distil(options, proxy, seed)
+            write_whole(path, {**about, "seconds": round(time.perf_counter() - start, 1), **row})
+
+
+def distil_path(options: argparse.Namespace, proxy: str, seed: int) -> Path:
+    """Where the row of a distillation is."""
+    return Path(options.folder) / "results" / f"{options.source}.distil-{proxy}.seed{seed}.json"
+
+
+def describe(options: argparse.Namespace, proxy: str, seed: int) -> Row:
+    """What a row is about; one about anything else is not that of the run."""
+    names = ("source", "base", "policy", "prompts", "tokens", "rounds", "teach_prompts", "picked_from", "judged")
+    return {name: getattr(options, name) for name in names} | {"proxy": proxy, "seed": seed}
+
+
+def distil_table(options: argparse.Namespace, before: Array, scale: float) -> list[Row]:
+    """A line per proxy and round: how far the policy moved, and how much the gold reward rose, with its interval."""
+    lines = []
+    for proxy in (*options.proxies, RANDOM):
+        paths = [(distil_path(options, proxy, seed), describe(options, proxy, seed)) for seed in options.seeds]
+        rows = [json.loads(path.read_text()) for path, about in paths if is_done(path, about)]
+        for number in range(options.rounds if rows else 0):
+            found = [row["after"][number] for row in rows]
+            rise = np.mean([numbers(of["gold"]) for of in found], axis=0) / scale - before
+            means = {key: float(np.mean([of[key] for of in found])) for key in ("kl", "words")}
+            lines.append(
+                {"proxy": proxy, "round": number + 1, "seeds": len(rows), **means, **mean_over_prompts(rise)._asdict()}
+            )
+    return lines
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def write_tables(options: argparse.Namespace) -> None:
+    """Print and write the tables, and draw the figure."""
+    answers = draw_answers(options)
+    rater = Rater(options, GOLD, 0)
+    raw = [rater(prompt, of) for prompt, of in answers.items()]
+    # On a scale on which the answers to a prompt vary by 1.
+    scale = float(np.mean([of.std() for of in raw]))
+    gold = [of / scale for of in raw]
+    results = compare_picks(options, answers, gold)
+    results["distillation"] = distil_table(options, np.array([of.mean() for of in gold]), scale)
+    print_table("Best of n: gold reward of the pick", results["curves"])
+    print_table(f"Best of {options.answers}: differences of gold rewards", results["differences"])
+    print_table("Distillation: rise of the gold reward", results["distillation"])
+    write_whole(options.folder / "policy.json", results)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--proxies", nargs="+", metavar="METHOD", default=list(PROXIES), help="ours first")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--source", default="preference", choices=["preference", "generated"])
+    parser.add_argument("--base", default=MINILM, help="of the reward models")
+    parser.add_argument("--policy", default=SMOLLM2, help="the causal model that answers")
+    parser.add_argument("--prompts", type=int, default=40, help="held-out prompts")
+    parser.add_argument("--answers", type=int, default=64, help="to each of them: the largest n")
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    parser.add_argument("--rounds", type=int, default=2, help="of distillation")
+    parser.add_argument("--teach-prompts", type=int, default=40, help="training prompts of a round")
+    parser.add_argument("--picked-from", type=int, default=8, help="answers to each of them")
+    parser.add_argument("--judged", type=int, default=4, help="answers to each held-out prompt after a round")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where results/ and runs/ are")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--only", choices=["table"], help="teach nothing")
+    options = parser.parse_args(arguments)
+    check_names(options.proxies)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw answers, teach policies where it is missing, and write the results."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    if not options.only:
+        distil_missing(options)
+    write_tables(options)
+
+
+if __name__ == "__main__":
+    main()

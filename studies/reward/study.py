@@ -1,0 +1,521 @@
+"""DMoERM beside single, ensembled and multi-objective reward models on the same pairs, over seeds.
+
+    python -m studies.reward.study                         run what is missing, then write the tables and the figure
+    python -m studies.reward.study --methods dmoerm single --seeds 0 1
+    python -m studies.reward.study --part val --seeds 0    trials of settings, scored on held-out pairs
+    python -m studies.reward.study --only table            only write them
+    python -m studies.reward.study --release dmoerm --seed 0 --commit COMMIT --out FOLDER      a run as a checkpoint
+
+Every (method, seed) is one JSON file in `results/`; what has one is not run again. `studies.reward.policy` goes on from
+the networks that are left in `runs/`.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+
+from studies.reward.methods import GOLD, MAIN, METHODS, PAIRS, SHOWN, TRIALS
+from studies.rows import Row, is_done, write_whole
+from tasks.reward.backbone import Backbone, Reading
+from tasks.reward.baselines import REDUCTIONS, LoraEnsemble, reduce_members
+from tasks.reward.data import PairDataset, RewardDataModule, limit_pairs, number_prompts
+from tasks.reward.evaluate import PERCENT, Report, confusion_matrix, length_differences
+from tasks.reward.examples import Pair, split_by_prompt
+from tasks.reward.judge import CausalJudge
+from tasks.reward.model import DMoERM
+from tasks.reward.plots import plot_consistency
+from tasks.reward.task import LONGER, MODELS, ORACLE, RewardTask, goals_of
+from zoo import hub
+from zoo.base_models import MINILM, SMOLLM2
+from zoo.callbacks import EpochSeed
+from zoo.comparison import Array
+from zoo.errors import DataNotFoundError, UnknownNameError
+from zoo.report import print_table
+
+FOLDER = Path(__file__).parent
+SEEDS = (0, 1, 2)
+VAL, TEST = "val", "test"
+# Share of the training pairs that settings are chosen by, beside the few of validation; and what draws them, another
+# seed than that of what is held back for the aggregation.
+VALIDATED, VALIDATION_SEED = 0.15, 7
+# What the slow ones are scored on: drawn from the part, the same for all.
+SAMPLE = "sample"
+
+
+class Run(NamedTuple):
+    """A method with its seed, scored on a part of the pairs."""
+
+    method: str
+    seed: int
+    part: str = TEST
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.method}.seed{self.seed}" + (f".{self.part}" if self.part != TEST else "")
+
+
+class StudyData(RewardDataModule):
+    """The pairs of the study: more to validate on, fewer to learn from, or those that no other model learns from."""
+
+    def __init__(
+        self, validate: float = 0.0, learn: int | None = None, held_out: bool = False, **arguments: Any
+    ) -> None:
+        """Describe them.
+
+        Args:
+            validate: Share of the training pairs, by prompt and category, that are validated on too.
+            learn: How many pairs are learned from; all by default.
+            held_out: Whether the pairs of validation and test are learned from, in place of all others: for the gold
+                reward.
+            arguments: Of `RewardDataModule`.
+        """
+        super().__init__(**arguments)
+        self.validate = validate
+        self.learn = learn
+        self.held_out = held_out
+
+    def read_training(self) -> dict[str, list[Pair]]:
+        """Pairs to learn from and held-out ones."""
+        parts = super().read_training()
+        if self.held_out:
+            parts["train"], parts["val"] = parts["val"] + self.read("test"), parts["train"]
+        if self.validate:
+            parts["train"], more = split_by_prompt(parts["train"], self.validate, VALIDATION_SEED)
+            parts["val"] += more
+        if self.learn is not None:
+            parts["train"] = limit_pairs(parts["train"], self.learn)
+        return parts
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace, one: Run) -> Row:
+    """Train and score."""
+    method = METHODS[one.method]
+    data = make_data(options, one)
+    if method.kind == "judge":
+        dataset = scored(options, one, data)
+        return judge(CausalJudge(options.judge), sample(options, dataset.pairs), dataset)
+    pl.seed_everything(one.seed, verbose=False)
+    task = RewardTask(
+        method.kind,
+        {"base": options.base, **method.network},
+        epochs=dict(method.epochs),
+        cache=str(options.cache) if method.cached else None,
+        **method.task,
+    )
+    facts = train(options, one, task, data)
+    dataset = scored(options, one, data)
+    places = sample(options, dataset.pairs) if method.sampled else list(range(len(dataset)))
+    return {**facts, **score(task, dataset, places)}
+
+
+def make_data(options: argparse.Namespace, one: Run) -> StudyData:
+    """What a run learns from."""
+    arguments = {"source": options.source, "base": options.base, "limit": options.limit, "seed": one.seed}
+    validate = VALIDATED if one.part == VAL else 0.0
+    return StudyData(validate=validate, **arguments, **METHODS[one.method].data)
+
+
+def scored(options: argparse.Namespace, one: Run, data: StudyData) -> PairDataset:
+    """The pairs that a run is scored on; the gold reward has learned from those of all others, and gets theirs."""
+    if data.held_out:
+        dataset: PairDataset = data.require("val_set")  # type: ignore[assignment]
+        return PairDataset(limit_pairs(dataset.pairs, options.gold_limit), *data.cutting)
+    data.setup("validate" if one.part == VAL else "test")
+    found: PairDataset = data.require(f"{one.part}_set")  # type: ignore[assignment]
+    return found
+
+
+def train(options: argparse.Namespace, one: Run, task: RewardTask, data: StudyData) -> Row:
+    """Train a network; the task saves it as a checkpoint in the run's folder."""
+    data.setup("fit")
+    start = time.perf_counter()
+    if task.cache is not None:
+        fill(task, data)
+    filled = time.perf_counter() - start
+    timer = pl.callbacks.Timer()
+    trainer = pl.Trainer(
+        max_epochs=len(task.plan),
+        reload_dataloaders_every_n_epochs=1,
+        accelerator="cpu",
+        gradient_clip_val=1.0,
+        callbacks=[EpochSeed(one.seed), timer],
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=checkpoint(options, one).parent,
+    )
+    trainer.fit(task, data)
+    task.model.eval()
+    return {
+        "prefix_seconds": round(filled, 1),
+        "train_seconds": round(timer.time_elapsed("train"), 1),
+        "steps": trainer.global_step,
+        "parameters_trained": task.model.trained_parameters(),
+        # Of the process until now, the runs before this one included.
+        "process_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
+@torch.no_grad()
+def fill(task: RewardTask, data: StudyData) -> None:
+    """Compute what the frozen layers make of the texts to learn from, unless an earlier run has."""
+    dataset = data.require("train_set")
+    for batch in data.loader(dataset):
+        task.inputs(task.model, batch, dataset)
+
+
+def checkpoint(options: argparse.Namespace, one: Run) -> Path:
+    """Where the checkpoint of a run is."""
+    return Path(options.folder) / "runs" / f"{options.source}.{one.name}" / "checkpoint"
+
+
+def sample(options: argparse.Namespace, pairs: Sequence[Pair]) -> list[int]:
+    """Positions of the pairs that what is slow is scored on."""
+    kept = {pair.id for pair in limit_pairs(pairs, options.sample)}
+    return [place for place, pair in enumerate(pairs) if pair.id in kept]
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score(task: RewardTask, dataset: PairDataset, places: Sequence[int], batch_size: int = 32) -> Row:
+    """By how much the chosen answer's reward is higher in each pair, and where its prompt is sent."""
+    start = time.perf_counter()
+    found: dict[str, list[float]] = {}
+    routes: list[int] = []
+    for begin in range(0, len(places), batch_size):
+        batch = dataset.collate(list(places[begin : begin + batch_size]))
+        inputs = task.inputs(task.model, batch, dataset)
+        reading = task.model.read(inputs)
+        rewards = all_rewards(task.model, reading)
+        if task.model.reads_prompts and isinstance(task.model, DMoERM):
+            rewards[ORACLE] = task.model.read(inputs, oracle=True).reward
+            routes += reading.route[: len(batch)].tolist()
+        for name, of in rewards.items():
+            found.setdefault(name, []).extend((of[: len(batch)] - of[len(batch) :]).tolist())
+    row = {"differences": {name: line(of) for name, of in found.items()}, **about(dataset.pairs, places)}
+    if routes:
+        row["groups"] = list(task.model.groups)
+        row["wanted"] = line([task.model.group_of.get(dataset.categories[place], -1) for place in places])
+        row["routes"] = line(routes)
+    return row | {"score_seconds": round(time.perf_counter() - start, 1)}
+
+
+def all_rewards(model: Backbone, reading: Reading) -> dict[str, torch.Tensor]:
+    """The rewards of a model, by what is added to its name; an ensemble has several."""
+    if not isinstance(model, LoraEnsemble) or model.members == 1:
+        return {"": reading.reward}
+    return {
+        "" if reduce == model.reduce else reduce: reduce_members(reading.scores, reduce, model.penalty)
+        for reduce in REDUCTIONS
+    }
+
+
+def judge(judging: CausalJudge, places: Sequence[int], dataset: PairDataset) -> Row:
+    """By how much a judge calls the chosen answer the better one, as the mean over both orders."""
+    start = time.perf_counter()
+    odds = np.array([judging.both_orders(dataset.pairs[place]) for place in places])
+    return {
+        "differences": {"": line(odds.mean(axis=1).tolist())},
+        # How often it says the same in both orders.
+        "consistent": float(PERCENT * np.mean(np.sign(odds[:, 0]) == np.sign(odds[:, 1]))),
+        **about(dataset.pairs, places),
+        "score_seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def about(pairs: Sequence[Pair], places: Sequence[int]) -> Row:
+    """Which pairs were scored: without their words, which are not ours to give away."""
+    chosen = [pairs[place] for place in places]
+    names = list(dict.fromkeys(pair.category for pair in chosen))
+    return {
+        "pairs": len(chosen),
+        "places": line(list(places)),
+        "prompts": line(number_prompts(pairs)[list(places)].tolist()),
+        "categories": names,
+        "category": line([names.index(pair.category) for pair in chosen]),
+        "longer": line(length_differences(chosen).tolist()),
+    }
+
+
+def line(numbers: Sequence[float]) -> str:
+    """Numbers in one line."""
+    return " ".join(f"{number:.5g}" if isinstance(number, float) else str(number) for number in numbers)
+
+
+def numbers(text: str) -> Array:
+    """A line of numbers."""
+    return np.array(text.split(), dtype=np.float64)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def result_path(options: argparse.Namespace, one: Run) -> Path:
+    """Where the row of a run is."""
+    return Path(options.folder) / "results" / f"{options.source}.{one.name}.json"
+
+
+def describe(options: argparse.Namespace, one: Run) -> Row:
+    """What a row is about; one about anything else is not that of the run."""
+    found = {name: getattr(options, name) for name in ("source", "base", "limit", "sample")}
+    return {**found, **one._asdict(), "setting": asdict(METHODS[one.method])}
+
+
+def runs_of(options: argparse.Namespace, methods: Sequence[str]) -> list[Run]:
+    """One seed of all methods before the next; what is not drawn at random has one seed."""
+    return [
+        Run(method, seed, options.part)
+        for number, seed in enumerate(options.seeds)
+        for method in methods
+        if not (number and METHODS[method].kind == "judge")
+    ]
+
+
+def run_missing(options: argparse.Namespace) -> None:
+    """Run everything without a row."""
+    torch.set_num_threads(options.threads)
+    for one in runs_of(options, options.methods):
+        path, wanted = result_path(options, one), describe(options, one)
+        if is_done(path, wanted):
+            continue
+        print(f"{options.source}, {one.name}", flush=True)
+        start = time.perf_counter()
+        row = run(options, one)
+        write_whole(path, {**wanted, "seconds": round(time.perf_counter() - start, 1), **row})
+
+
+def read_rows(options: argparse.Namespace) -> dict[str, list[Row]]:
+    """By method the rows of those seeds that have one.
+
+    Raises:
+        ValueError: One is about another setting.
+    """
+    rows: dict[str, list[Row]] = {}
+    for one in runs_of(options, list(METHODS)):
+        if is_done(result_path(options, one), describe(options, one)):
+            rows.setdefault(one.method, []).append(json.loads(result_path(options, one).read_text()))
+    # In the order of the methods, not of the seeds.
+    return {method: rows[method] for method in METHODS if method in rows}
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def make_report(rows: Mapping[str, Sequence[Row]], places: str | None = None) -> Report | None:
+    """All methods on the same pairs, from their rows; None where none is scored on them.
+
+    Args:
+        rows: By method, one per seed.
+        places: Positions of the pairs; None is all, which leaves out what is scored on a sample alone.
+
+    Raises:
+        ValueError: Two rows are about other pairs.
+    """
+    whole = {method: of for method, of in rows.items() if not METHODS[method].sampled and method != GOLD}
+    first = next((of[0] for of in whole.values()), None)
+    if first is None:
+        return None
+    used = whole if places is None else {method: of for method, of in rows.items() if method != GOLD}
+    wanted = numbers(first["places"] if places is None else places)
+    shown = np.isin(numbers(first["places"]), wanted)
+    differences: dict[str, Array] = {}
+    for method, of in used.items():
+        for name in of[0]["differences"]:
+            values = [numbers(row["differences"][name])[np.isin(numbers(row["places"]), wanted)] for row in of]
+            differences[f"{method}/{name}" if name else method] = np.stack(values)
+    for method, of in whole.items():
+        if any(row["longer"] != first["longer"] or row["prompts"] != first["prompts"] for row in of):
+            raise ValueError(f"The rows of {method} score other pairs: run it again.")
+    categories = [first["categories"][int(place)] for place in numbers(first["category"])[shown]]
+    prompts = np.unique(numbers(first["prompts"])[shown], return_inverse=True)[1]
+    lengths = numbers(first["longer"])[shown]
+    return Report.of(categories, prompts, lengths, {**differences, LONGER: lengths}, goals_of(categories))
+
+
+def table(rows: Mapping[str, Sequence[Row]], report: Report) -> list[Row]:
+    """One line per method: means over seeds with their deviation, sizes, times, and the router's accuracy."""
+    lines = []
+    for name in report.scores:
+        of = rows.get(name, [])
+        entry: Row = {"method": name, "what": METHODS[name].what if of else "", "seeds": len(report.scores[name])}
+        for key in report.metric_names():
+            values = report.values(name, key)
+            entry |= {key: float(values.mean()), f"{key} std": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
+        for key in ("parameters_trained", "train_seconds", "score_seconds", "consistent"):
+            if of and key in of[0]:
+                entry[key] = float(np.mean([row[key] for row in of]))
+        if of and "routes" in of[0]:
+            entry["router_acc"] = float(np.mean([router_accuracy(row) for row in of]))
+        lines.append(entry)
+    return lines
+
+
+def confusion(row: Row) -> NDArray[np.int64]:
+    """Where the prompts of each group were sent, each prompt once."""
+    first = np.unique(numbers(row["prompts"]), return_index=True)[1]
+    wanted, found = (numbers(row[name])[first].astype(int) for name in ("wanted", "routes"))
+    known = wanted >= 0
+    return confusion_matrix(wanted[known], found[known], len(row["groups"]))
+
+
+def router_accuracy(row: Row) -> float:
+    """Share of prompts that were sent to their own group, in percent."""
+    matrix = confusion(row)
+    return float(PERCENT * np.trace(matrix) / matrix.sum())
+
+
+def differences(report: Report) -> list[Row]:
+    """How much a method is above another, with 95 % intervals over prompts and seeds."""
+    return [
+        {"compared": f"{first} - {second}", **row}
+        for first, second in PAIRS
+        if {first, second} <= report.scores.keys()
+        for row in report.difference_rows(first, second, report.metric_names())
+    ]
+
+
+def write_tables(options: argparse.Namespace) -> None:
+    """Print and write the tables, and draw the figure; a part other than the test has a file of its own."""
+    rows = read_rows(options)
+    report = make_report(rows)
+    if report is None:
+        raise DataNotFoundError("results", [options.folder / "results"], "Run the study without --only table.")
+    results: dict[str, Any] = {"part": options.part, "all": table(rows, report), "differences": differences(report)}
+    keys = report.main_names()
+    print_table(f"{options.source}, {options.part}: percent", results["all"], ["method", "seeds", *keys, "router_acc"])
+    print_table("Differences", [row for row in results["differences"] if row["metric"] in keys])
+    sampled = next((of[0]["places"] for method, of in rows.items() if METHODS[method].sampled), None)
+    if sampled is not None and (small := make_report(rows, sampled)) is not None:
+        results |= {SAMPLE: table(rows, small), f"{SAMPLE} differences": differences(small)}
+        print_table(
+            f"The same on {rows_of(small)} pairs", results[SAMPLE], ["method", *small.main_names(), "consistent"]
+        )
+    routed = {method: of[0] for method, of in rows.items() if "routes" in of[0]}
+    results["routes"] = {
+        method: {"groups": row["groups"], "prompts": confusion(row).tolist()} for method, row in routed.items()
+    }
+    stem = "results" if options.part == TEST else options.part
+    write_whole(options.folder / f"{stem}.json", results)
+    if options.part == TEST:
+        shown = [name for name in SHOWN if name in report.scores]
+        print(plot_consistency(report, options.folder / "consistency.png", shown))
+
+
+def rows_of(report: Report) -> int:
+    """How many pairs a report is about."""
+    return len(report.prompts)
+
+
+# --- a checkpoint ----------------------------------------------------------------------------------------------------
+
+
+def release(options: argparse.Namespace) -> Path:
+    """One run as a checkpoint in half precision, whose metadata hold the results of all other methods."""
+    from safetensors.torch import load_file
+
+    one = Run(options.release, options.seed)
+    folder = checkpoint(options, one)
+    if not (folder / "metadata.json").is_file():
+        hint = f"Run it: --methods {one.method} --seeds {one.seed}; delete its row in results/ if it has one."
+        raise DataNotFoundError(f"the network of {one.name}", [folder], hint)
+    report = make_report(read_rows(options))
+    rivals = {
+        f"{name}/{key}": value
+        for name in (report.scores if report else ())
+        if name not in (one.method, LONGER)
+        for key, value in report.metrics(name).items()  # type: ignore[union-attr]
+    }
+    recorded = hub.Result(rivals, "python -m studies.reward.study", options.commit)
+    golden = load_file(folder / "golden.safetensors")
+    return hub.save(
+        load_network(options, one),
+        options.out,
+        card=replace(hub.info(folder).card, results=[recorded]),
+        golden_input=[golden[f"input.{place}"] for place in range(5)],
+        config=(folder / "config.yaml").read_text(),
+        dtype=torch.float16,
+    )
+
+
+def load_network(options: argparse.Namespace, one: Run) -> Backbone:
+    """The network of a run.
+
+    Raises:
+        DataNotFoundError: It has not been run in this folder.
+    """
+    folder = checkpoint(options, one)
+    if not (folder / "metadata.json").is_file():
+        hint = f"Run it: --methods {one.method} --seeds {one.seed}; delete its row in results/ if it has one."
+        raise DataNotFoundError(f"the network of {one.name}", [folder], hint)
+    return hub.load_as(folder, *MODELS.values())  # type: ignore[type-abstract]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help=", ".join(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--part", choices=[VAL, TEST], default=TEST, help="what is scored")
+    parser.add_argument("--source", default="preference", choices=["preference", "generated"])
+    parser.add_argument("--base", default=MINILM, help="of the reward models")
+    parser.add_argument("--judge", default=SMOLLM2, help="the causal model that judges")
+    parser.add_argument("--limit", type=int, help="pairs of each part; all by default")
+    parser.add_argument("--sample", type=int, default=400, help="pairs that slow methods are scored on")
+    parser.add_argument("--gold-limit", type=int, default=1500, help="pairs that the gold reward is scored on")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where results/ and runs/ are")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--only", choices=["table"], help="run nothing")
+    parser.add_argument("--release", metavar="METHOD", help="write the network of its --seed to --out")
+    parser.add_argument("--seed", type=int, help="of the run to release")
+    parser.add_argument("--commit", help="that the rows were made on, for the metadata of a release")
+    parser.add_argument("--out", type=Path, help="folder of the checkpoint")
+    options = parser.parse_args(arguments)
+    options.methods = options.methods or list(MAIN if options.part == TEST else TRIALS)
+    check_names([*options.methods, *([options.release] if options.release else [])])
+    if options.source == "generated" and options.folder == FOLDER:
+        parser.error("--source generated needs a --folder of its own: its results are not those of the study.")
+    if len({getattr(options, name) is None for name in ("release", "seed", "commit", "out")}) > 1:
+        parser.error("--release METHOD, --seed N, --commit COMMIT and --out FOLDER go together.")
+    options.cache = options.folder / "runs" / "cache"
+    return options
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise an `UnknownNameError` where there is no such method."""
+    for name in names:
+        if name not in METHODS:
+            raise UnknownNameError("method", name, METHODS)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing and write the results, or write a checkpoint."""
+    options = parse(arguments)
+    if options.release:
+        print(release(options))
+        return
+    if not options.only:
+        run_missing(options)
+    write_tables(options)
+
+
+if __name__ == "__main__":
+    main()

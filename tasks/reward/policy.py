@@ -1,0 +1,211 @@
+"""A real policy for reward models: a causal model that answers prompts, and that learns from the answers they pick.
+
+Best-of-n distillation: of n answers to each prompt the reward model picks one, and LoRA teaches the policy to give such
+answers by itself (RAFT, Dong et al. 2023, arXiv 2304.06767).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.reward.backbone import Backbone
+from tasks.reward.data import CandidateDataset
+from tasks.reward.examples import Candidate
+from tasks.reward.texts import ANSWER
+from zoo.base_models import SMOLLM2, load_causal, load_tokenizer
+from zoo.comparison import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An answer of a policy.
+
+    Attributes:
+        prompt: As it was asked.
+        answer: In words.
+        tokens: What was drawn, the end of the answer included where it came.
+    """
+
+    prompt: str
+    answer: str
+    tokens: list[int]
+
+
+class Policy:
+    """A causal language model that answers prompts, with a LoRA once it is taught."""
+
+    def __init__(self, base: str = SMOLLM2, base_sha256: str | None = None) -> None:
+        """Load the model.
+
+        Args:
+            base: A folder, a name on the hub, or a package; see `zoo.base_models.find_base_model`.
+            base_sha256: What its weights must be; None allows any.
+
+        Raises:
+            DataNotFoundError: The base is nowhere, or what reads it is not installed.
+            CheckpointError: It has other weights.
+        """
+        self.model = load_causal(base, base_sha256).requires_grad_(False)
+        self.tokenizer = load_tokenizer(base)
+        self.taught = False
+
+    def ask(self, prompt: str) -> list[int]:
+        """Tokens of a prompt, up to where the answer follows."""
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        else:
+            text = prompt + ANSWER
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @torch.no_grad()
+    def sample(self, prompt: str, count: int, max_tokens: int = 48, seed: int = 0) -> list[Answered]:
+        """Answers drawn at temperature 1 from all tokens, so that their probabilities are the policy's own.
+
+        Args:
+            prompt: What is asked.
+            count: How many.
+            max_tokens: Tokens of an answer, which may end before it does.
+            seed: Of what is drawn.
+        """
+        asked = torch.tensor([self.ask(prompt)])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            drawn = self.model.generate(
+                asked,
+                attention_mask=torch.ones_like(asked),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=max_tokens,
+                num_return_sequences=count,
+                pad_token_id=self.end,
+            )
+        return [self.answered(prompt, row) for row in drawn[:, asked.shape[1] :].tolist()]
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer."""
+        end = self.model.generation_config.eos_token_id
+        return int(end[0] if isinstance(end, list) else end)
+
+    def answered(self, prompt: str, tokens: list[int]) -> Answered:
+        """An answer of its tokens, without padding."""
+        if self.end in tokens:
+            tokens = tokens[: tokens.index(self.end) + 1]
+        return Answered(prompt, self.tokenizer.decode(tokens, skip_special_tokens=True).strip(), tokens)
+
+    def log_likelihoods(self, answers: Sequence[Answered]) -> Tensor:
+        """The log-probability of each answer after its prompt, summed over its tokens, `(B,)`."""
+        asked = [self.ask(one.prompt) for one in answers]
+        length = max(len(prompt) + len(one.tokens) for prompt, one in zip(asked, answers, strict=True))
+        ids = torch.full((len(answers), length), self.end)
+        counted, real = (torch.zeros(len(answers), length, dtype=torch.bool) for _ in range(2))
+        for row, (prompt, one) in enumerate(zip(asked, answers, strict=True)):
+            size = len(prompt) + len(one.tokens)
+            ids[row, :size] = torch.tensor(prompt + one.tokens)
+            counted[row, len(prompt) : size] = True
+            real[row, :size] = True
+        logits = self.model(input_ids=ids, attention_mask=real.long()).logits[:, :-1]
+        found = torch.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None])[..., 0]
+        return (found * counted[:, 1:]).sum(1)
+
+    def teach(
+        self, answers: Sequence[Answered], epochs: int = 2, lr: float = 2e-4, batch_size: int = 4, rank: int = 16
+    ) -> float:
+        """Learn to give these answers, by a LoRA in the projections of queries and values.
+
+        Args:
+            answers: What to learn.
+            epochs: How often each is seen.
+            lr: Of AdamW.
+            batch_size: Answers of a step.
+            rank: Of the LoRA, when it is new.
+
+        Returns:
+            The mean loss per token in the last epoch.
+        """
+        if not self.taught:
+            add_lora(self.model, rank)
+            self.taught = True
+        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=lr)
+        generator = torch.Generator().manual_seed(0)
+        losses: list[float] = []
+        for _ in range(epochs):
+            order, losses = torch.randperm(len(answers), generator=generator).tolist(), []
+            for start in range(0, len(order), batch_size):
+                batch = [answers[place] for place in order[start : start + batch_size]]
+                loss = -self.log_likelihoods(batch).sum() / sum(len(one.tokens) for one in batch)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        return float(np.mean(losses))
+
+    @torch.no_grad()
+    def kl(self, answers: Sequence[Answered], batch_size: int = 8) -> float:
+        """How far the policy has moved from its base in nats per answer, estimated by answers that it gave itself.
+
+        Args:
+            answers: Drawn from the policy as it is now.
+            batch_size: Answers at a time.
+        """
+        moved = []
+        for start in range(0, len(answers), batch_size):
+            batch = answers[start : start + batch_size]
+            with without_lora(self.model):
+                before = self.log_likelihoods(batch)
+            moved += (self.log_likelihoods(batch) - before).tolist()
+        return float(np.mean(moved))
+
+
+def add_lora(model: Any, rank: int) -> None:
+    """Put a new LoRA into a model, which adds nothing yet, and let it alone be trained."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"]), model)
+
+
+@contextmanager
+def without_lora(model: Any) -> Iterator[None]:
+    """Let a model be its base for a while."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def rate(
+    model: Backbone, tokenizer: Any, candidates: Sequence[Candidate], max_length: int = 256, batch_size: int = 32
+) -> Array:
+    """Rewards of answers.
+
+    Args:
+        model: The reward model.
+        tokenizer: Of its base.
+        candidates: Prompts with answers.
+        max_length: Tokens of a text.
+        batch_size: Texts at a time.
+    """
+    dataset = CandidateDataset(candidates, tokenizer, max_length, least_prompt=32)
+    rewards = []
+    for start in range(0, len(dataset), batch_size):
+        rows = list(range(start, min(start + batch_size, len(dataset))))
+        batch = dataset.collate(rows)
+        rewards.append(model(batch.input_ids, batch.mask, batch.type_ids, batch.prompt_ids, batch.prompt_mask))
+    return torch.cat(rewards).double().numpy()

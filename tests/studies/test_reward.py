@@ -1,0 +1,272 @@
+"""The harness of studies/reward on generated pairs: rows once, paired differences, a policy and a checkpoint."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import zoo
+from studies.reward import policy, study
+from studies.reward.methods import CAPABILITIES, GROUPS, MAIN, METHODS, OURS, PAIRS, PROXIES, SHOWN, THEIRS, TRIALS
+from studies.reward.study import Run
+from tasks.reward.capabilities import CAPABILITIES as KNOWN
+from tasks.reward.capabilities import PREFERENCE_ITSELF
+from tasks.reward.task import RewardTask
+from tests.tasks.reward.builders import EACH, save_base, save_causal
+from zoo import hub
+from zoo.errors import DataNotFoundError, UnknownNameError
+
+# As they are run, before they are made small.
+WHOLE = dict(METHODS)
+CHOSEN = ("dmoerm", "single", "ensemble", "judge", "gold", "layers-2")
+SEEDS = (0, 1)
+
+
+def smaller(name):
+    """A method for generated pairs on the tiny base."""
+    method = METHODS[name]
+    network = {key: value for key, value in method.network.items() if not key.endswith("rank")}
+    if "groups" in network and len(network["groups"]) > 1:
+        network |= {"groups": EACH, "capabilities": ["preference", "length"]}
+    epochs = dict.fromkeys(method.epochs, 1)
+    data = {**method.data} | ({"learn": 20} if "learn" in method.data else {})
+    return replace(method, network=network, epochs=epochs, data=data)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def methods():
+    """Methods as small as the data."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CHOSEN:
+            patch.setitem(METHODS, name, smaller(name))
+        yield
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders with a tiny BERT and a tiny causal model."""
+    folder = tmp_path_factory.mktemp("bases")
+    return save_base(folder / "bert"), save_causal(folder / "causal")
+
+
+@pytest.fixture(scope="module")
+def arguments(bases, tmp_path_factory):
+    """The command line in a folder, that of the results by default."""
+    path = tmp_path_factory.mktemp("reward")
+
+    def compose(*more, folder=path):
+        options = ["--source", "generated", "--base", bases[0], "--judge", bases[1], "--limit", "40"]
+        options += ["--sample", "10", "--gold-limit", "20", "--folder", str(folder)]
+        return [*options, "--seeds", *map(str, SEEDS), "--methods", *CHOSEN, *more]
+
+    return compose
+
+
+@pytest.fixture(scope="module")
+def folder(arguments):
+    """Results of two seeds, of validation too, and a checkpoint."""
+    study.main(arguments())
+    study.main(arguments("--part", "val", "--methods", "single", "--seeds", "0"))
+    options = study.parse(arguments())
+    released = ["--release", "dmoerm", "--seed", "1", "--commit", "c0ffee", "--out", str(options.folder / "released")]
+    study.main(arguments(*released))
+    return options.folder
+
+
+def row(folder, name):
+    return json.loads((folder / "results" / f"generated.{name}.json").read_text())
+
+
+def consistency(folder, method, name="", places=None):
+    """By hand, the mean over seeds."""
+    values = []
+    for seed in SEEDS:
+        path = folder / "results" / f"generated.{method}.seed{seed}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            differences = study.numbers(found["differences"][name])
+            kept = (
+                np.ones(len(differences), bool) if places is None else np.isin(study.numbers(found["places"]), places)
+            )
+            values.append(100 * np.mean((differences > 0) + 0.5 * (differences == 0), where=kept))
+    return np.mean(values)
+
+
+def test_each_run_has_one_row(folder):
+    names = {path.name.removeprefix("generated.") for path in (folder / "results").iterdir()}
+    seeds = {f"{method}.seed{seed}.json" for method in CHOSEN for seed in SEEDS} - {"judge.seed1.json"}
+    assert names == seeds | {"single.seed0.val.json"}
+    first = row(folder, "dmoerm.seed0")
+    assert set(first["differences"]) == {"", "oracle"} and first["groups"] == list(EACH)
+    assert set(row(folder, "ensemble.seed0")["differences"]) == {"", "worst", "uncertainty"}
+    assert first["parameters_trained"] > row(folder, "single.seed0")["parameters_trained"] > 0
+    assert (first["pairs"], row(folder, "judge.seed0")["pairs"], row(folder, "gold.seed0")["pairs"]) == (40, 10, 20)
+    assert "words" not in json.dumps(first["category"]) and "how do i" not in json.dumps(first)
+
+
+def test_the_gold_reward_learns_what_no_other_model_does(arguments):
+    options = study.parse(arguments())
+    gold, other = (study.make_data(options, Run(name, 0)) for name in ("gold", "dmoerm"))
+    for data in (gold, other):
+        data.setup("fit")
+    other.setup("test")
+    learned = {pair.prompt for pair in gold.train_set.pairs}
+    assert learned == {pair.prompt for of in (other.val_set, other.test_set) for pair in of.pairs}
+    assert not learned & {pair.prompt for pair in other.train_set.pairs}
+    assert {p.id for p in study.scored(options, Run("gold", 0), gold).pairs} <= {p.id for p in other.train_set.pairs}
+
+
+def test_trials_see_no_test_pair_and_learn_from_fewer(arguments):
+    options = study.parse(arguments("--part", "val"))
+    trial, other = (study.make_data(options, Run("single", 0, part)) for part in ("val", "test"))
+    for data in (trial, other):
+        data.setup("fit")
+    learned, validated = ({p.id for p in of.pairs} for of in (trial.train_set, trial.val_set))
+    assert learned | validated == {p.id for of in (other.train_set, other.val_set) for p in of.pairs}
+    assert 0 < len(other.train_set) - len(learned) < 0.3 * len(other.train_set)
+    assert len(study.scored(options, Run("single", 0, "val"), trial)) == len(validated)
+    assert study.parse(["--part", "val"]).methods == list(TRIALS) and study.parse([]).methods == list(MAIN)
+
+
+def test_tables(folder):
+    found = json.loads((folder / "results.json").read_text())
+    assert found["part"] == "test"
+    lines = {line["method"]: line for line in found["all"]}
+    assert set(lines) == {
+        "dmoerm", "dmoerm/oracle", "single", "ensemble", "ensemble/worst", "ensemble/uncertainty", "longer"
+    }  # fmt: skip
+    for name, line in lines.items():
+        method, _, reading = name.partition("/")
+        if method != "longer":
+            assert line["consistency"] == pytest.approx(consistency(folder, method, reading)), name
+    routed = [row(folder, f"dmoerm.seed{seed}") for seed in SEEDS]
+    shares = [100 * np.mean(study.numbers(one["wanted"]) == study.numbers(one["routes"])) for one in routed]
+    # Two pairs of each prompt.
+    assert lines["dmoerm"]["router_acc"] == pytest.approx(np.mean(shares))
+    assert np.sum(found["routes"]["dmoerm"]["prompts"]) == len(set(study.numbers(routed[0]["prompts"])))
+    places = study.numbers(row(folder, "judge.seed0")["places"])
+    sampled = {line["method"]: line for line in found["sample"]}
+    for name in ("judge", "layers-2", "single"):
+        assert sampled[name]["consistency"] == pytest.approx(consistency(folder, name, places=places)), name
+    between = {(line["compared"], line["metric"]): line for line in found["differences"]}
+    line = between["dmoerm - single", "consistency"]
+    assert line["mean"] == pytest.approx(consistency(folder, "dmoerm") - consistency(folder, "single"))
+    assert line["low"] <= line["mean"] <= line["high"]
+    assert ("dmoerm - judge", "consistency") in {
+        (line["compared"], line["metric"]) for line in found["sample differences"]
+    }
+    assert (folder / "consistency.png").is_file()
+    assert [line["method"] for line in json.loads((folder / "val.json").read_text())["all"]] == ["single", "longer"]
+
+
+def test_scores_are_those_of_the_saved_network(folder, arguments):
+    options = study.parse(arguments())
+    one = Run("dmoerm", 0)
+    task = RewardTask(pretrained=str(study.checkpoint(options, one)))
+    dataset = study.scored(options, one, study.make_data(options, one))
+    task.model.eval()
+    again = study.score(task, dataset, range(len(dataset)))
+    for name, values in row(folder, "dmoerm.seed0")["differences"].items():
+        # There the states of the prefix were rounded.
+        np.testing.assert_allclose(study.numbers(again["differences"][name]), study.numbers(values), atol=2e-2)
+
+
+def test_a_second_call_runs_nothing(folder, arguments, monkeypatch):
+    monkeypatch.setattr(study, "run", None)
+    study.main(arguments())
+    study.main(arguments("--only", "table"))
+
+
+def test_a_row_of_another_setting_is_refused(folder, arguments, monkeypatch):
+    with pytest.raises(ValueError, match="limit=40"):
+        study.main(arguments("--limit", "41"))
+    monkeypatch.setitem(METHODS, "single", replace(METHODS["single"], task={"lr": 1.0}))
+    with pytest.raises(ValueError, match="has setting="):
+        study.main(arguments("--only", "table"))
+
+
+def test_the_release_holds_what_was_trained_and_what_others_scored(folder, arguments):
+    hub.verify(folder / "released")
+    card = hub.info(folder / "released").card
+    (recorded,) = card.results
+    assert recorded.commit == "c0ffee"
+    assert recorded.metrics["single/consistency"] == pytest.approx(consistency(folder, "single"))
+    assert not any(name.startswith(("dmoerm/consistency", "longer")) for name in recorded.metrics)
+    assert not any("encoder" in name for name in zoo.load(folder / "released").state_dict())
+
+
+def test_what_is_missing_is_said(arguments, tmp_path):
+    with pytest.raises(DataNotFoundError, match="without --only table"):
+        study.main(arguments("--only", "table", folder=tmp_path))
+    release = ["--release", "single", "--seed", "0", "--commit", "c0ffee", "--out", str(tmp_path)]
+    with pytest.raises(DataNotFoundError, match="--methods single --seeds 0"):
+        study.main(arguments(*release, folder=tmp_path))
+    with pytest.raises(UnknownNameError, match="'dmoerm'"):
+        study.main(["--methods", "dmoer"])
+    for words in (["--source", "generated"], ["--release", "single", "--seed", "0"], ["--out", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            study.main(words)
+
+
+def test_methods_fit_each_other():
+    readings = {"longer", "dmoerm/oracle", "ensemble/worst", "ensemble/uncertainty"}
+    assert {name for pair in PAIRS for name in pair} | set(SHOWN) <= METHODS.keys() | readings
+    assert set(MAIN) | set(PROXIES) <= METHODS.keys()
+    assert len(OURS) == len(THEIRS) and set(TRIALS) <= METHODS.keys()
+    for name, trials in (("dmoerm", OURS), ("single", THEIRS)):
+        assert WHOLE[name] in [replace(of, what=WHOLE[name].what) for of in trials.values()]
+    assert {name for names in CAPABILITIES.values() for name in names} <= {*KNOWN, PREFERENCE_ITSELF}
+    assert CAPABILITIES.keys() == GROUPS.keys()
+    flipped = METHODS["dmoerm-flip40"]
+    assert {**flipped.data, "flip": 0.0} == {**METHODS["dmoerm"].data, "flip": 0.0} and flipped.data["flip"] == 0.4
+
+
+# --- the policy ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words(bases, folder):
+    """The command line of the policy."""
+    counts = {"prompts": 3, "answers": 4, "tokens": 5, "rounds": 2, "teach-prompts": 3, "picked-from": 2, "judged": 2}
+    options = [text for name, count in counts.items() for text in (f"--{name}", str(count))]
+    options += ["--source", "generated", "--base", bases[0], "--policy", bases[1], "--folder", str(folder)]
+    return [*options, "--proxies", "dmoerm", "single", "--seeds", "0"]
+
+
+def test_best_of_n_and_distillation(words, folder, monkeypatch):
+    policy.main(words)
+    found = json.loads((folder / "policy.json").read_text())
+    proxies = ("dmoerm", "single", "longer", "random")
+    assert [(line["model"], line["n"]) for line in found["curves"]] == [
+        (name, n) for name in proxies for n in (1, 2, 4)
+    ]
+    # One of one is the same whoever picks it, and all of n together are the policy.
+    assert len({round(line["gold"], 9) for line in found["curves"] if line["n"] == 1}) == 1
+    assert [line["compared"] for line in found["differences"]] == [f"dmoerm - {name}" for name in proxies[1:]]
+    for line in found["differences"]:
+        own = {of["model"]: of["gold"] for of in found["curves"] if of["n"] == 4}
+        other = line["compared"].removeprefix("dmoerm - ")
+        assert line["mean"] == pytest.approx(own["dmoerm"] - own[other])
+    assert [(line["proxy"], line["round"]) for line in found["distillation"]] == [
+        (name, number) for name in ("dmoerm", "single", "random") for number in (1, 2)
+    ]
+    assert all(line["seeds"] == 1 for line in found["distillation"])
+    assert (folder / "best_of_n.png").is_file()
+    # A second call draws and teaches nothing.
+    monkeypatch.setattr(policy, "Policy", None)
+    policy.main(words)
+    policy.main([*words, "--only", "table"])
+    with pytest.raises(ValueError, match="tokens=5"):
+        policy.main([*words, "--tokens", "6"])
+
+
+def test_short_prompts_of_one_turn():
+    pairs = [
+        study.Pair(prompt, "a", "b", "", str(number))
+        for number, prompt in enumerate(
+            ["user: one", "user: one", "Human: two\n\nAssistant: so\n\nHuman: three", "x" * 999]
+        )
+    ]
+    assert policy.single_turns(pairs, 5) == ["user: one"]
+    assert policy.spoken("Human: what is a user: this?") == "what is a user: this?"
