@@ -69,6 +69,8 @@ PASSES = 4
 RATE = 1e-3
 SHARE = 0.4
 RANK = 64
+# At which one LoRA has as many trained parameters as DMoERM, more than its layer has itself.
+EQUAL_RANK = 452
 
 
 def dmoerm(
@@ -153,8 +155,7 @@ METHODS: dict[str, Method] = {
     ),
     "no-joint": dmoerm("its inner models learn from their own pairs alone", {"joint": 0, "task": 3}),
     "single": single("one LoRA, of the rank that was best on validation", RANK),
-    # A rank of the layer's width says all that a LoRA of one layer can say.
-    "single-equal": single("one LoRA, as large as rank allows", 384),
+    "single-equal": single("one LoRA, as large as DMoERM", EQUAL_RANK),
     "objectives": objectives("one LoRA, a head for the preference and one for each capability", gate=False),
     "gate": objectives("the same, its heads weighed by a gate that reads the prompt", gate=True),
     "ensemble": ensemble("five LoRAs"),
@@ -177,7 +178,7 @@ OURS = {
 }
 THEIRS = {
     f"single.r{rank}.lr{lr:g}": single(f"one LoRA of rank {rank}, rate {lr:g}", rank, lr)
-    for rank in (RANK, 384)
+    for rank in (RANK, EQUAL_RANK)
     for lr in (3e-4, 1e-3, 3e-3)
 }
 TRIALS = (*OURS, *THEIRS)

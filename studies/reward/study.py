@@ -163,11 +163,13 @@ def train(options: argparse.Namespace, one: Run, task: RewardTask, data: StudyDa
     )
     trainer.fit(task, data)
     task.model.eval()
+    # One group needs no router, which is there nevertheless.
+    parameters = {id(p): p.numel() for phase in task.plan for p in task.model.phase_parameters(phase)}
     return {
         "prefix_seconds": round(filled, 1),
         "train_seconds": round(timer.time_elapsed("train"), 1),
         "steps": trainer.global_step,
-        "parameters_trained": task.model.trained_parameters(),
+        "parameters_trained": sum(parameters.values()),
         # Of the process until now, the runs before this one included.
         "process_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
@@ -374,7 +376,7 @@ def confusion(row: Row) -> NDArray[np.int64]:
     first = np.unique(numbers(row["prompts"]), return_index=True)[1]
     wanted, found = (numbers(row[name])[first].astype(int) for name in ("wanted", "routes"))
     known = wanted >= 0
-    return confusion_matrix(wanted[known], found[known], len(row["groups"]))
+    return confusion_matrix(wanted[known].tolist(), found[known].tolist(), len(row["groups"]))
 
 
 def router_accuracy(row: Row) -> float:

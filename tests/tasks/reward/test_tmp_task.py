@@ -1,0 +1,231 @@
+"""The real command line on generated pairs and on files of the user's own, over a tiny base model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from command_line import sentence
+
+import zoo
+from tasks.reward.examples import generate_pairs
+from tasks.reward.task import RewardTask, shorten
+from tests.tasks.reward.builders import EACH, GROUPS, save_base, save_llama
+from zoo import hub
+from zoo.cli import main
+from zoo.errors import UnknownNameError
+
+CONFIGS = sorted(Path("configs/reward").glob("*.yaml"))
+MAIN = "configs/reward/dmoerm-minilm.yaml"
+PHASES = ("router", "joint", "task", "capability", "aggregate")
+SMALL = ["--data.max_length=48", "--data.least_prompt=8", "--trainer.enable_progress_bar=false"]
+SMALL += ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny BERT and its tokenizer."""
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny Llama and its tokenizer."""
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def generated(base: str, limit: int | None = 24) -> list[str]:
+    limited = [] if limit is None else [f"--data.limit={limit}"]
+    return ["--data.source=generated", f"--data.base={base}", *limited, *SMALL]
+
+
+def network(base: str, **changes: Any) -> list[str]:
+    arguments = {"base": base, "groups": GROUPS, "capabilities": ["length", "no_repetition"], **changes}
+    return ["--model.network", json.dumps(arguments), "--model.cache=memory"]
+
+
+def epochs(**counts: int) -> list[str]:
+    return ["--model.epochs", json.dumps(counts), f"--trainer.max_epochs={sum(counts.values())}"]
+
+
+@pytest.fixture(scope="module")
+def trained(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a checkpoint, one epoch of each phase."""
+    folder = tmp_path_factory.mktemp("trained")
+    whole = epochs(**dict.fromkeys(PHASES, 1))
+    main(["fit", "-c", MAIN, *network(base), *whole, *generated(base), "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of the user's own."""
+    path = tmp_path_factory.mktemp("own") / "own.csv"
+    pairs = generate_pairs(24, seed=7)
+    rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected, "category": p.category} for p in pairs]
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_learns(config: Path, base: str, llama: str, trained: Path, own: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(config.read_text())
+    arguments = content["model"]["init_args"]
+    causal = config.stem in ("smollm2", "qwen-full")
+    base = llama if causal else base
+    data = generated(base)
+    if "pretrained" in arguments:
+        model = ["--model.pretrained", str(trained / "checkpoint")]
+        data = ["--data.file", str(own), f"--data.base={base}", *SMALL]
+    elif config.stem == "single":
+        model = ["--model.network", json.dumps({**arguments["network"], "base": base, "task_rank": 4})]
+        model += ["--model.cache=null"]
+    else:
+        # What is written there, with groups of the generated pairs, on layers that the tiny base has.
+        layers = {name: min(arguments["network"].get(name, 1), 2) for name in ("task_layers", "capability_layers")}
+        model = network(base, **layers, aggregate_dim=8)
+    main(["fit", "-c", str(config), *model, *data, "--out", str(tmp_path)])
+    hub.verify(tmp_path / "checkpoint")
+
+
+def test_a_run_goes_through_all_phases_and_saves_what_it_trained(trained: Path, base: str) -> None:
+    log = pd.read_csv(next(trained.glob("logs/**/metrics.csv")))
+    assert all(f"val_{phase}" in log for phase in PHASES)
+    state = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    model = zoo.load(trained / "checkpoint")
+    assert state.keys() == {f"model.{name}" for name in model.state_dict()}
+    assert not any("encoder" in name for name in state)
+    fresh = RewardTask("dmoerm", {"base": base, "groups": GROUPS, "capabilities": ["length", "no_repetition"]}).model
+    for phase in PHASES:
+        assert any(p.detach().abs().sum() > 0 for p in model.phase_parameters(phase)), phase
+    assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
+
+
+def test_an_interrupted_run_resumes_as_if_it_had_not_been(
+    base: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = epochs(**dict.fromkeys(PHASES, 1))
+    command = ["fit", "-c", MAIN, *network(base), *generated(base), "--out", str(tmp_path)]
+    original = RewardTask.on_train_batch_start
+
+    def stop(self: RewardTask, batch: Any, batch_idx: int) -> None:
+        if self.trainer.current_epoch == 3:
+            raise KeyboardInterrupt
+        original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardTask, "on_train_batch_start", stop)
+        with pytest.raises(SystemExit):
+            main([*command, *whole])
+    assert not (tmp_path / "checkpoint").exists()
+    main([*command, *whole, "--ckpt_path", "last"])
+    ours, theirs = (zoo.load(folder / "checkpoint").state_dict() for folder in (tmp_path, trained))
+    for name, value in theirs.items():
+        assert torch.equal(value, ours[name]), name
+
+
+def test_a_trained_model_goes_on_from_what_it_has(
+    base: str, trained: Path, own: Path, tmp_path: Path, capsys: Any
+) -> None:
+    command = ["fit", "-c", "configs/reward/own.yaml", "--model.pretrained", str(trained / "checkpoint")]
+    command += ["--data.file", str(own), f"--data.base={base}", *SMALL, "--out", str(tmp_path)]
+    assert "'task' trains each of them" in sentence(capsys, *command, *epochs(joint=1))
+    # At a rate of zero nothing moves, however a phase begins.
+    main([*command, *epochs(task=1, capability=1, aggregate=1), "--model.lr=0"])
+    before, after = (zoo.load(folder / "checkpoint").state_dict() for folder in (trained, tmp_path))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_test_scores_pairs_beside_rivals(trained: Path, base: str, tmp_path: Path) -> None:
+    checkpoint = str(trained / "checkpoint")
+    rivals = ["--model.rivals", json.dumps({"twin": checkpoint})]
+    command = ["test", "-c", MAIN, "--model.network=null", f"--model.pretrained={checkpoint}", *rivals]
+    metrics = main([*command, *generated(base), "--model.cache=null", "--out", str(tmp_path)])
+    assert metrics == json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["twin/consistency"] == metrics["consistency"] and metrics["minus_twin/consistency"] == 0
+    rows = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert len(rows) == 24 and set(rows["prediction"]) <= {"chosen", "rejected", "tie"}
+    right = (rows["ours: chosen"] > rows["ours: rejected"]) + 0.5 * (rows["ours: chosen"] == rows["ours: rejected"])
+    assert metrics["consistency"] == pytest.approx(100 * right.mean())
+    for category, share in right.groupby(rows["category"]).mean().items():
+        assert metrics[f"{category}/consistency"] == pytest.approx(100 * share)
+    groups = {category: name for name, of in GROUPS.items() for category in of}
+    routed = rows["route"] == rows["category"].map(groups)
+    # Two pairs of each prompt.
+    assert metrics["router_acc"] == pytest.approx(100 * routed.mean())
+    same = rows.loc[routed]
+    assert np.allclose(same["ours: chosen"], same["oracle: chosen"])
+    for name in ("consistency_length_balanced", "longer/consistency", "oracle/consistency", "minus_oracle/consistency"):
+        assert name in metrics
+    assert {"consistency.png", "router.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_predict_ranks_answers(
+    trained: Path, base: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["predict", "-c", MAIN, "--model.network=null", f"--model.pretrained={trained}/checkpoint"]
+    command += [f"--data.base={base}", *SMALL, "--out", str(tmp_path)]
+    asked = ["--data.prompt", "'user: how do i cook rice'", "--data.answers", '["use butter", "use sugar", "so"]']
+    main([*command, *asked])
+    rows = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert "use butter" in capsys.readouterr().out
+    assert sorted(rows["rank"]) == [1, 2, 3] and set(rows["category"]) <= set(GROUPS)
+    assert rows.sort_values("rank")["reward"].is_monotonic_decreasing
+    assert {"length", "no_repetition"} <= set(rows.columns)
+    table = pd.read_csv(own)[["prompt", "chosen"]].rename(columns={"prompt": "asked", "chosen": "said"})
+    table.to_json(tmp_path / "answers.jsonl", orient="records", lines=True)
+    columns = ["--data.columns", '{"prompt": "asked", "answer": "said"}']
+    main([*command, "--data.source=file", f"--data.file={tmp_path}/answers.jsonl", *columns])
+    rows = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert rows["answer"].tolist() == table["said"].tolist()
+    # Two answers of each prompt.
+    assert rows.groupby("prompt")["rank"].max().max() == 2
+
+
+@pytest.mark.timeout(300)
+def test_the_planted_rule_is_learned_and_the_category_is_needed_for_it(base: str, tmp_path: Path) -> None:
+    """In one category trains are better than planes, in another it is the other way round."""
+    data = [*generated(base, None), "--data.batch_size=16"]
+    counts = epochs(router=10, task=26, capability=1, aggregate=2)
+    model = network(base, groups=EACH, capabilities=["preference", "length"], task_layers=2, capability_layers=1)
+    main(["fit", "-c", MAIN, *model, *counts, "--seed_everything=1", "--model.lr=5e-3", *data, "--out", str(tmp_path)])
+    test = ["test", "-c", MAIN, "--model.network=null", f"--model.pretrained={tmp_path}/checkpoint"]
+    metrics = main([*test, *data, "--model.cache=null", "--out", str(tmp_path)])
+    print('RES', {k: metrics[k] for k in ('router_acc','oracle/consistency','consistency','longer/consistency')})
+    assert metrics["router_acc"] > 95, metrics
+    # Of 120 held-out pairs: two may be wrong, since sums in another order make another network.
+    assert metrics["oracle/consistency"] > 98, metrics
+    assert metrics["consistency"] > 95 and metrics["longer/consistency"] < 70, metrics
+
+
+def test_bad_words_are_refused(base: str, llama: str, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(UnknownNameError, match="dmoerm"):
+        RewardTask("dmoer")
+    with pytest.raises(UnknownNameError, match="task_rank"):
+        RewardTask("dmoerm", {"task_ranks": 3})
+    with pytest.raises(UnknownNameError, match="aggregate"):
+        RewardTask("dmoerm", {"base": base, "groups": GROUPS}, epochs={"aggregat": 1})
+    command = ["fit", "-c", MAIN, *network(base), *generated(base), "--out", str(tmp_path)]
+    assert "has to be 2" in sentence(capsys, *command, *epochs(task=2), "--trainer.max_epochs=3")
+    reload = "--trainer.reload_dataloaders_every_n_epochs=0"
+    assert "set trainer.reload" in sentence(capsys, *command, *epochs(task=2), reload)
+    assert "nothing is trained" in sentence(capsys, *command, "--model.epochs", "{}", "--trainer.max_epochs=1")
+    few = network(base, groups={"a": ["synthetic_travel"], "b": ["synthetic_cooking"]})
+    said = sentence(capsys, "fit", "-c", MAIN, *few, *generated(base), *epochs(task=1), "--out", str(tmp_path))
+    assert "synthetic_speed" in said and "See network.groups" in said
+    none = network(base, capabilities=None)
+    said = sentence(capsys, "fit", "-c", MAIN, *none, *generated(base), *epochs(capability=1), "--out", str(tmp_path))
+    assert "has nothing for 'capability'" in said
+    said = sentence(
+        capsys, "fit", "-c", MAIN, *network(base), *generated(llama), *epochs(task=1), "--out", str(tmp_path)
+    )
+    assert "set --data.base to the model's" in said
+
+
+def test_words_for_people() -> None:
+    assert shorten("a  b\nc") == "a b c"
+    assert shorten("x" * 99, 10) == "xxxxxxx..."
