@@ -190,7 +190,7 @@ def test_predict_ranks_answers(
 def test_the_planted_rule_is_learned_and_the_category_is_needed_for_it(base: str, tmp_path: Path) -> None:
     """In one category trains are better than planes, in another it is the other way round."""
     data = [*generated(base, None), "--data.batch_size=16"]
-    counts = epochs(router=10, task=26, capability=1, aggregate=2)
+    counts = epochs(router=10, task=40, capability=1, aggregate=6)
     model = network(base, groups=EACH, capabilities=["preference", "length"], task_layers=2, capability_layers=1)
     main(["fit", "-c", MAIN, *model, *counts, "--model.lr=5e-3", *data, "--out", str(tmp_path)])
     test = ["test", "-c", MAIN, "--model.network=null", f"--model.pretrained={tmp_path}/checkpoint"]
