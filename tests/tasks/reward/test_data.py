@@ -109,7 +109,12 @@ def test_labels_are_properties_what_people_prefer_or_those_of_a_file(bases, tmp_
     data.label(["length", "preference", "no_repetition"])
     for dataset in (data.train_set, data.val_set):
         own = capability_preferences(dataset.pairs, ["length", "no_repetition"])
-        assert np.array_equal(dataset.preferences[:, [0, 2]], own) and (dataset.preferences[:, 1] == 1).all()
+        assert np.array_equal(dataset.preferences[:, [0, 2]], own)
+        # The expert of the preference has not seen the pairs on which experts are combined.
+        assert (
+            np.array_equal(dataset.preferences[:, 1] == 1, ~dataset.held_back) and dataset.preferences[:, 1].min() >= 0
+        )
+    assert data.train_set.held_back.any() and not data.val_set.held_back.any()
     assert data.train_set.collate([3]).preferences.dtype == torch.int8
     data.label([])
     assert data.train_set.preferences.shape == (20, 0)
