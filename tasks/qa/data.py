@@ -144,6 +144,7 @@ class QADataModule(ZooDataModule):
         domains: list[str] | None = None,
         ood_domains: list[str] | None = None,
         stage: Literal["in_domain", "joint", "ood"] = "in_domain",
+        replay: int | None = None,
         holdout: float = 0.1,
         fold: int | None = None,
         folds: int = 5,
@@ -171,6 +172,8 @@ class QADataModule(ZooDataModule):
             domains: In-domain ones to use; all if left out.
             ood_domains: Those that are out of domain; the source's own if left out, of which a file has none.
             stage: What is learned from: `in_domain`; `joint`, these and the out-of-domain questions; `ood`, only those.
+            replay: Of a joint stage, at most so many questions per in-domain domain; all if left out. In a second stage
+                few are enough that the domains of the first are not forgotten.
             holdout: Share of the in-domain questions whose documents are held out for validation, whatever is learned.
             fold: Validate on this fold of the out-of-domain questions, from 0, and do not learn from it. Without one
                 all of them may be learned from, and validation is on what is held out in domain.
@@ -202,6 +205,7 @@ class QADataModule(ZooDataModule):
         self.test_file = test_file
         self.domains = domains
         self.stage = stage
+        self.replay = replay
         self.holdout = holdout
         self.fold = fold
         self.folds = folds
@@ -242,6 +246,11 @@ class QADataModule(ZooDataModule):
             raise UnknownNameError("stage", self.stage, STAGES)
         if self.fold is not None and not 0 <= self.fold < self.folds:
             raise ValueError(f"fold={self.fold}: must be from 0 to {self.folds - 1}, as folds={self.folds}.")
+        if self.replay is not None and (self.stage != "joint" or self.replay < 1):
+            raise ValueError(
+                f"replay={self.replay} with stage={self.stage!r}: a joint stage learns from at least 1 question of each "
+                "in-domain domain; another stage has no replay."
+            )
         if augment and self.stage == "in_domain":
             raise ValueError(
                 "augment makes new contexts of the out-of-domain questions, which stage='in_domain' does not learn "
@@ -307,6 +316,8 @@ class QADataModule(ZooDataModule):
             numbers = folds(outside, self.folds, SPLIT_SEED)
             held_out = [example for example, number in zip(outside, numbers, strict=True) if number == self.fold]
             outside = [example for example, number in zip(outside, numbers, strict=True) if number != self.fold]
+        if self.replay is not None:
+            inside = limit_domains(inside, self.replay)
         parts = {"in_domain": [inside], "joint": [inside, outside], "ood": [outside]}[self.stage]
         if not all(parts):
             raise ValueError(

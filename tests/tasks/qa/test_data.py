@@ -171,6 +171,15 @@ def test_limited_domains_keep_questions_from_all_over(root: str, base: str) -> N
     assert places == sorted(places) and places[-1] > 200 and set(Counter(e.domain for e in limited).values()) == {5}
 
 
+def test_a_replay_is_few_questions_of_each_domain_in_domain(root: str, base: str) -> None:
+    module = set_up(root=root, base=base, stage="joint", replay=5, seed=3)
+    assert domains(module.train_set) == {"squad": 5, "policyqa": 5, "subjqa": 5, "race": 20, "duorc": 20}
+    whole = set_up(root=root, base=base, stage="in_domain")
+    assert module.val_set.examples == whole.val_set.examples, "the same documents are held out"
+    assert {e.id for e in module.train_set.examples if not module.is_ood(e)} < {e.id for e in whole.train_set.examples}
+    assert set_up(root=root, base=base, stage="joint", replay=5).train_set.examples == module.train_set.examples
+
+
 # --- augmentation ----------------------------------------------------------------------------------------------------
 
 
@@ -428,6 +437,8 @@ def test_questions_that_cannot_be_asked(base: str, tmp_path: Path) -> None:
         ({"test_file": "x.csv", "source": "squad"}, "test_file='x.csv' has no effect"),
         ({"fold": 5}, "fold=5: must be from 0 to 4, as folds=5"),
         ({"limit": 0}, "limit=0"),
+        ({"stage": "joint", "replay": 0}, "replay=0 with stage='joint': a joint stage learns from at least 1"),
+        ({"stage": "ood", "replay": 5}, "replay=5 with stage='ood'.*another stage has no replay"),
     ],
 )
 def test_arguments_without_effect(arguments: dict[str, Any], message: str) -> None:
