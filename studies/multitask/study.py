@@ -25,6 +25,7 @@ import pytorch_lightning as pl
 import torch
 
 from studies.multitask.methods import MAIN, METHODS, PAIRS, RATES, SHOWN, Method
+from studies.options import add_release_options, read_options, study_parser
 from studies.rows import Row, is_done, write_whole
 from tasks.multitask.data import MultitaskDataModule
 from tasks.multitask.encode import TaskDataset
@@ -35,7 +36,7 @@ from tasks.multitask.task import Answers, MultitaskTask
 from zoo import hub
 from zoo.base_models import MINILM
 from zoo.callbacks import EpochSeed
-from zoo.errors import DataNotFoundError, UnknownNameError
+from zoo.errors import DataNotFoundError
 from zoo.moe import TopKRouter, group_dependence, routed_modules
 from zoo.report import print_table
 
@@ -367,31 +368,15 @@ def release(options: argparse.Namespace) -> Path:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", metavar="NAME", default=list(MAIN), help=", ".join(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--source", default="nlp_tasks", choices=["nlp_tasks", "generated"])
+    parser = study_parser(__doc__, FOLDER, METHODS, ["nlp_tasks", "generated"], SEEDS, MAIN)
+    add_release_options(parser)
     parser.add_argument("--base", default=MINILM, help="the encoder")
     parser.add_argument("--steps", type=int, default=600, help="of a run")
     parser.add_argument("--trial-steps", type=int, default=200, help="of a trial")
     parser.add_argument("--batch-size", type=int, default=16, help="examples of a step")
     parser.add_argument("--score-limit", type=int, default=600, help="examples of a task that are scored")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where results/, trials/ and runs/ are")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--tune", action="store_true", help="choose learning rates on validation, test nothing")
-    parser.add_argument("--only", choices=["table"], help="run nothing")
-    parser.add_argument("--release", metavar="METHOD", help="write the network of its --seed to --out")
-    parser.add_argument("--seed", type=int, help="of the run to release")
-    parser.add_argument("--commit", help="that the rows were made on, for the metadata of a release")
-    parser.add_argument("--out", type=Path, help="folder of the checkpoint")
-    options = parser.parse_args(arguments)
-    for name in [*options.methods, *([options.release] if options.release else [])]:
-        if name not in METHODS:
-            raise UnknownNameError("method", name, METHODS)
-    if options.source == "generated" and options.folder == FOLDER:
-        parser.error("--source generated needs a --folder of its own: its results are not those of the study.")
-    if len({getattr(options, name) is None for name in ("release", "seed", "commit", "out")}) > 1:
-        parser.error("--release METHOD, --seed N, --commit COMMIT and --out FOLDER go together.")
+    options = read_options(parser, arguments, METHODS)
     if options.release:
         options.seeds = sorted({*options.seeds, options.seed})
     return options

@@ -25,6 +25,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from studies.options import add_release_options, read_options, study_parser
 from studies.qa.methods import MAIN, METHODS, PAIRS, SHOWN
 from studies.rows import Row, is_done, write_whole
 from tasks.qa.data import OOD_DOMAINS, QADataModule, WindowDataset
@@ -37,7 +38,7 @@ from tasks.qa.task import Logits, QATask
 from zoo import hub
 from zoo.base_models import MINILM
 from zoo.callbacks import EpochSeed
-from zoo.errors import DataNotFoundError, UnknownNameError
+from zoo.errors import DataNotFoundError
 from zoo.report import print_table
 
 FOLDER = Path(__file__).parent
@@ -339,31 +340,15 @@ def release(options: argparse.Namespace) -> Path:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", metavar="NAME", default=list(MAIN), help=", ".join(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser = study_parser(__doc__, FOLDER, METHODS, ["robustqa", "generated"], SEEDS, MAIN)
+    add_release_options(parser)
     parser.add_argument(
         "--fold", nargs="+", type=int, help="validate on these out-of-domain folds (0 to 4), test nothing"
     )
-    parser.add_argument("--source", default="robustqa", choices=["robustqa", "generated"])
     parser.add_argument("--base", default=MINILM, help="the encoder")
     parser.add_argument("--limit", type=int, help="questions of a domain to learn from; all by default")
     parser.add_argument("--score-limit", type=int, default=300, help="test questions of a domain")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where results/ and runs/ are")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--only", choices=["table"], help="run nothing")
-    parser.add_argument("--release", metavar="METHOD", help="write the reader of its --seed to --out")
-    parser.add_argument("--seed", type=int, help="of the run to release")
-    parser.add_argument("--out", type=Path, help="folder of the checkpoint")
-    options = parser.parse_args(arguments)
-    for name in [*options.methods, *([options.release] if options.release else [])]:
-        if name not in METHODS:
-            raise UnknownNameError("method", name, METHODS)
-    if options.source == "generated" and options.folder == FOLDER:
-        parser.error("--source generated needs a --folder of its own: its results are not those of the study.")
-    if len({options.release is None, options.seed is None, options.out is None}) > 1:
-        parser.error("--release METHOD, --seed N and --out FOLDER go together.")
-    return options
+    return read_options(parser, arguments, METHODS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

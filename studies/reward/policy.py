@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from studies.reward.methods import GOLD, PROXIES
-from studies.reward.study import FOLDER, SEEDS, Run, StudyData, check_names, line, load_network, numbers
+from studies.options import check_names
+from studies.reward.methods import GOLD, METHODS, PROXIES
+from studies.reward.study import FOLDER, SEEDS, Run, StudyData, line, load_network, numbers
 from studies.rows import Row, is_done, write_whole
 from tasks.reward.backbone import Backbone
 from tasks.reward.best_of_n import Curve, best_of_n_curve, mean_over_prompts, picked
@@ -261,7 +262,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--only", choices=["table"], help="teach nothing")
     options = parser.parse_args(arguments)
-    check_names(options.proxies)
+    check_names(options.proxies, METHODS)
     return options
 
 

@@ -24,6 +24,7 @@ import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 
+from studies.options import add_release_options, read_options, study_parser
 from studies.reward.methods import GOLD, MAIN, METHODS, PAIRS, SHOWN, TRIALS
 from studies.rows import Row, is_done, write_whole
 from tasks.reward.backbone import Backbone, Reading
@@ -39,7 +40,7 @@ from zoo import hub
 from zoo.base_models import MINILM, SMOLLM2
 from zoo.callbacks import EpochSeed
 from zoo.comparison import Array
-from zoo.errors import DataNotFoundError, UnknownNameError
+from zoo.errors import DataNotFoundError
 from zoo.report import print_table
 
 FOLDER = Path(__file__).parent
@@ -473,39 +474,18 @@ def load_network(options: argparse.Namespace, one: Run) -> Backbone:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help=", ".join(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser = study_parser(__doc__, FOLDER, METHODS, ["preference", "generated"], SEEDS)
+    add_release_options(parser)
     parser.add_argument("--part", choices=[VAL, TEST], default=TEST, help="what is scored")
-    parser.add_argument("--source", default="preference", choices=["preference", "generated"])
     parser.add_argument("--base", default=MINILM, help="of the reward models")
     parser.add_argument("--judge", default=SMOLLM2, help="the causal model that judges")
     parser.add_argument("--limit", type=int, help="pairs of each part; all by default")
     parser.add_argument("--sample", type=int, default=400, help="pairs that slow methods are scored on")
     parser.add_argument("--gold-limit", type=int, default=1500, help="pairs that the gold reward is scored on")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where results/ and runs/ are")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--only", choices=["table"], help="run nothing")
-    parser.add_argument("--release", metavar="METHOD", help="write the network of its --seed to --out")
-    parser.add_argument("--seed", type=int, help="of the run to release")
-    parser.add_argument("--commit", help="that the rows were made on, for the metadata of a release")
-    parser.add_argument("--out", type=Path, help="folder of the checkpoint")
-    options = parser.parse_args(arguments)
+    options = read_options(parser, arguments, METHODS)
     options.methods = options.methods or list(MAIN if options.part == TEST else TRIALS)
-    check_names([*options.methods, *([options.release] if options.release else [])])
-    if options.source == "generated" and options.folder == FOLDER:
-        parser.error("--source generated needs a --folder of its own: its results are not those of the study.")
-    if len({getattr(options, name) is None for name in ("release", "seed", "commit", "out")}) > 1:
-        parser.error("--release METHOD, --seed N, --commit COMMIT and --out FOLDER go together.")
     options.cache = options.folder / "runs" / "cache"
     return options
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raise an `UnknownNameError` where there is no such method."""
-    for name in names:
-        if name not in METHODS:
-            raise UnknownNameError("method", name, METHODS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

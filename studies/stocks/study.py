@@ -21,6 +21,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from studies.options import read_options, study_parser
 from studies.rows import Row, is_done, write_whole
 from studies.stocks.methods import COMMON, DETERMINISTIC, METHODS, Method
 from tasks.stocks.baselines import boosted_trees, low_volatility, ridge
@@ -32,7 +33,6 @@ from tasks.stocks.plots import plot_cumulative_ic, plot_excess
 from tasks.stocks.task import StocksTask, miga_card
 from zoo import hub
 from zoo.callbacks import EpochSeed
-from zoo.errors import UnknownNameError
 from zoo.report import print_table
 
 FOLDER = Path(__file__).parent
@@ -281,24 +281,8 @@ def release(options: argparse.Namespace) -> Path:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", metavar="NAME", default=list(METHODS), help=", ".join(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--source", default="csi300", choices=["csi300", "csi500", "sp500", "generated"])
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where results/, runs/ and cache/ are")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--only", choices=["table"], help="run nothing")
-    parser.add_argument("--release", metavar="METHOD", help="write the ensemble of its seeds to --out")
-    parser.add_argument("--out", type=Path, help="folder of the checkpoint")
-    options = parser.parse_args(arguments)
-    for name in [*options.methods, *([options.release] if options.release else [])]:
-        if name not in METHODS:
-            raise UnknownNameError("method", name, METHODS)
-    if options.source == "generated" and options.folder == FOLDER:
-        parser.error("--source generated needs a --folder of its own: its results are not those of the study.")
-    if bool(options.release) != bool(options.out):
-        parser.error("--release METHOD and --out FOLDER go together.")
-    return options
+    parser = study_parser(__doc__, FOLDER, METHODS, ["csi300", "csi500", "sp500", "generated"], SEEDS, METHODS)
+    return read_options(parser, arguments, METHODS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
