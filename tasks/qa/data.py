@@ -248,8 +248,8 @@ class QADataModule(ZooDataModule):
             raise ValueError(f"fold={self.fold}: must be from 0 to {self.folds - 1}, as folds={self.folds}.")
         if self.replay is not None and (self.stage != "joint" or self.replay < 1):
             raise ValueError(
-                f"replay={self.replay} with stage={self.stage!r}: a joint stage learns from at least 1 question of each "
-                "in-domain domain; another stage has no replay."
+                f"replay={self.replay} with stage={self.stage!r}: a joint stage learns from at least 1 question of "
+                "each in-domain domain; another stage has no replay."
             )
         if augment and self.stage == "in_domain":
             raise ValueError(
@@ -418,11 +418,12 @@ class QADataModule(ZooDataModule):
         counts = count_windows(learned, self.train_set.windows)
         given = [example for example in learned if not is_copy(example)]
         synthetic = " (synthetic)" if self.source == "generated" else ""
+        replayed = f", at most {self.replay} of each in-domain one" if self.replay else ""
         copies = f" and {len(learned) - len(given)} augmented ones" if len(learned) > len(given) else ""
         seen = f"; {self.count_seen()} test questions are about a context learned from" if self.has_test else ""
         return (
-            f"{len(given)} questions of {name_domains(given)}{synthetic}{copies}, in {counts.windows} windows of up to "
-            f"{self.max_length} tokens, {counts.empty} of them without the answer (of the questions "
+            f"{len(given)} questions of {name_domains(given)}{replayed}{synthetic}{copies}, in {counts.windows} "
+            f"windows of up to {self.max_length} tokens, {counts.empty} of them without the answer (of the questions "
             f"{counts.unanswerable} have no answer, {counts.lost} one that fits in no window, {counts.widened} one "
             f"widened to whole tokens, {count_repeated(learned)} one that the context repeats); settings chosen on "
             f"{len(held_out)} questions of {name_domains(held_out)}{seen}"

@@ -153,11 +153,26 @@ def test_a_second_stage_leaves_frozen_experts_bit_identical(trained: Path, base:
     assert any(not torch.equal(before[name], after[name]) for name in before.keys() - experts)
 
 
+def test_a_second_stage_ends_with_an_average_of_both_readers(trained: Path, base: str, tmp_path: Path) -> None:
+    command = ["fit", "-c", "configs/qa/ood.yaml", f"--model.pretrained={trained / 'checkpoint'}", *generated(base)]
+    for mixing in ("1", "0.3"):
+        main([*command, f"--model.mixing={mixing}", "--out", str(tmp_path / mixing)])
+    origin = zoo.load(trained / "checkpoint").state_dict()
+    learned, mixed = (zoo.load(tmp_path / mixing / "checkpoint").state_dict() for mixing in ("1", "0.3"))
+    assert any(not torch.equal(learned[name], value) for name, value in origin.items())
+    for name, value in mixed.items():
+        torch.testing.assert_close(value, 0.7 * origin[name] + 0.3 * learned[name], msg=name)
+
+
 def test_bad_words_and_bases_that_differ(trained: Path, base: str, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(UnknownNameError, match="num_expert"):
         QATask({"num_expert": 3})
     with pytest.raises(ValueError, match="is for a pretrained reader"):
         QATask({"base": base}, freezing={"freeze_experts": True})
+    with pytest.raises(ValueError, match=r"mixing=0\.5: averages a reader with the pretrained one"):
+        QATask({"base": base}, mixing=0.5)
+    with pytest.raises(ValueError, match=r"mixing=0\.0: must be in \(0, 1\]"):
+        QATask(pretrained=str(trained / "checkpoint"), mixing=0.0)
     with pytest.raises(ValueError, match="brings its own"):
         QATask({"base": base}, pretrained=str(trained / "checkpoint"))
     command = [
