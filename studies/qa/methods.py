@@ -1,7 +1,7 @@
 """The methods of the comparison as plain data: readers learned in domain, and what a second stage makes of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -53,6 +53,19 @@ def out_of_domain(
     return Method(what, start, data=data, task={"lr": 3e-4, "freezing": dict(freezing or {})}, epochs=epochs)
 
 
+def keeping(method: Method, what: str, replay: int, mixing: float) -> Method:
+    """A second stage that keeps what the first has learned.
+
+    Args:
+        method: One that forgets it.
+        what: In words.
+        replay: Questions of each in-domain domain beside the out-of-domain ones, in all epochs together.
+        mixing: Share of what the second stage has learned in the average of both readers.
+    """
+    data = {**method.data, "stage": "joint", "replay": replay // method.epochs}
+    return replace(method, what=what, data=data, task={**method.task, "mixing": mixing})
+
+
 INSIDE: dict[str, Any] = {"moe_layers": [-2, -1], "num_experts": 4}
 HEAD: dict[str, Any] = {"placement": "head", "num_experts": 4}
 # With the base frozen but for LoRA and the experts, or with narrow experts, a checkpoint stays below 25 MB.
@@ -74,10 +87,15 @@ METHODS: dict[str, Method] = {
 }
 # Without augmentation the questions are seen as often as they and their copies together, in about as many steps.
 COPIES = 2
+REPLAY, MIXING = 150, 0.6
 for name in list(METHODS):
+    ood = out_of_domain(name, f"{name}, then out of domain", epochs=1 + COPIES)
+    eda = out_of_domain(name, f"{name}, then out of domain with EDA", COPIES)
     METHODS |= {
-        f"{name}-ood": out_of_domain(name, f"{name}, then out of domain", epochs=1 + COPIES),
-        f"{name}-ood-eda": out_of_domain(name, f"{name}, then out of domain with EDA", COPIES),
+        f"{name}-ood": ood,
+        f"{name}-ood-eda": eda,
+        f"{name}-ood-keep": keeping(ood, f"{ood.what}, keeping what was known", REPLAY, MIXING),
+        f"{name}-ood-eda-keep": keeping(eda, f"{eda.what}, keeping what was known", REPLAY, MIXING),
     }
 METHODS["moe-ood-eda-frozen"] = out_of_domain(
     "moe", "moe-ood-eda with its experts frozen", COPIES, {"freeze_experts": True}
@@ -88,31 +106,33 @@ MAIN = (
     "dense",
     "adapters",
     "twin-adapters",
-    "dense-ood",
-    "adapters-ood",
-    "dense-ood-eda",
-    "adapters-ood-eda",
-    "twin-adapters-ood-eda",
+    "dense-ood-eda-keep",
+    "adapters-ood-eda-keep",
+    "twin-adapters-ood-eda-keep",
+    "dense-ood-keep",
+    "adapters-ood-keep",
 )
 # What is compared with what, on the same questions.
 PAIRS = (
-    ("adapters-ood-eda", "dense"),
-    ("adapters-ood-eda", "twin-adapters-ood-eda"),
-    ("adapters-ood-eda", "dense-ood-eda"),
+    ("adapters-ood-eda-keep", "dense"),
+    ("adapters-ood-eda-keep", "twin-adapters-ood-eda-keep"),
+    ("adapters-ood-eda-keep", "dense-ood-eda-keep"),
+    ("adapters-ood-eda-keep", "adapters"),
+    ("adapters-ood-eda-keep", "adapters-ood-keep"),
+    ("adapters-ood-eda-keep", "adapters-ood-eda"),
     ("adapters", "dense"),
     ("adapters", "twin-adapters"),
+    ("dense-ood-eda-keep", "dense"),
+    ("dense-ood-eda-keep", "dense-ood-keep"),
+    ("dense-ood-eda-keep", "dense-ood-eda"),
+    ("adapters-ood-eda", "twin-adapters-ood-eda"),
     ("dense-ood-eda", "dense"),
-    ("dense-ood-eda", "dense-ood"),
-    ("adapters-ood-eda", "adapters-ood"),
     ("moe", "dense"),
-    ("moe-ood-eda", "dense"),
-    ("moe-ood-eda", "dense-ood-eda"),
-    ("moe-ood-eda", "moe-ood"),
+    ("moe-ood-eda-keep", "dense-ood-eda-keep"),
     ("moe-ood-eda-frozen", "moe-ood-eda"),
     ("moe-top2", "twin-top2"),
     ("head", "twin-head"),
-    ("moe-lora-ood-eda", "dense"),
-    ("moe-lora-ood-eda", "twin-lora-ood-eda"),
+    ("moe-lora-ood-eda-keep", "twin-lora-ood-eda-keep"),
 )
 # What the figure shows.
-SHOWN = ("dense", "adapters", "dense-ood-eda", "adapters-ood-eda")
+SHOWN = ("dense", "adapters", "dense-ood-eda-keep", "adapters-ood-eda-keep")

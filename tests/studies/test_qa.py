@@ -10,7 +10,7 @@ import torch
 
 import zoo
 from studies.qa import study
-from studies.qa.methods import MAIN, METHODS, PAIRS, SHOWN
+from studies.qa.methods import MAIN, METHODS, PAIRS, REPLAY, SHOWN
 from studies.qa.study import Run
 from tasks.qa.data import QADataModule
 from tasks.qa.evaluate import score_answers
@@ -20,7 +20,7 @@ from zoo import hub
 from zoo.errors import DataNotFoundError, UnknownNameError
 
 FIRST = ("dense", "moe")
-SECOND = ("moe-ood-eda", "moe-ood-eda-frozen")
+SECOND = ("moe-ood-eda", "moe-ood-eda-frozen", "moe-ood-eda-keep")
 CHOSEN = (*FIRST, *SECOND)
 
 
@@ -214,6 +214,8 @@ def test_methods_fit_each_other():
         assert method.start is None or METHODS[method.start].start is None, name
     eda, plain = METHODS["moe-ood-eda"], METHODS["moe-ood"]
     assert eda.epochs * (1 + eda.data["augment"]["copies"]) == plain.epochs
+    for kept, other in (("moe-ood-eda-keep", eda), ("moe-ood-keep", plain)):
+        assert METHODS[kept].data["replay"] * METHODS[kept].epochs == REPLAY and METHODS[kept].epochs == other.epochs
 
 
 def test_bad_words(tmp_path):
