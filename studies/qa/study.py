@@ -3,8 +3,8 @@
     python -m studies.qa.study                         run what is missing, then write the table and the figure
     python -m studies.qa.study --methods dense adapters --seeds 0 1
     python -m studies.qa.study --only table            only write them
-    python -m studies.qa.study --methods dense-ood-eda --seeds 0 --fold 0 2             choose a second stage's settings
-    python -m studies.qa.study --release adapters-ood-eda --seed 0 --out FOLDER         one run's reader as a checkpoint
+    python -m studies.qa.study --methods dense-ood-eda-keep --seeds 0 --fold 0 2        choose a second stage's settings
+    python -m studies.qa.study --release adapters-ood-eda-keep --seed 0 --out FOLDER    one run's reader as a checkpoint
 
 Every (method, seed) is one JSON file in `results/`; what has one is not run again. A second stage of seed s goes on
 from the first stage of seed s modulo 3, whose reader is in `runs/`.
