@@ -5,7 +5,7 @@ import torch
 
 from tasks.multitask.encode import UNKNOWN, Form, TaskDataset, encode, prompt
 from tasks.multitask.examples import Example
-from tests.tasks.multitask.builders import word_level
+from tests.tasks.multitask.builders import tokenizer as tokenizer_of
 from zoo.errors import UnknownNameError
 
 TASKS = {"mood": ["negative", "positive"], "which": [], "colour": None}
@@ -23,7 +23,7 @@ def told(tokenizer, row):
 
 
 def test_an_encoder_reads_two_segments_or_one_row_per_choice():
-    tokenizer = word_level(pairs=True)
+    tokenizer = tokenizer_of()
     pair, single, choice = encode([MOOD, SINGLE, WHICH], tokenizer, ENCODER, 64)
     assert told(tokenizer, pair.rows[0]) == "[CLS] the film was great [SEP] the book was poor [SEP]"
     assert pair.rows[0].types == [0] * 6 + [1] * 5 and pair.label == 1
@@ -35,7 +35,7 @@ def test_an_encoder_reads_two_segments_or_one_row_per_choice():
 
 
 def test_verbalised_classes_are_read_as_choices():
-    tokenizer = word_level(pairs=True)
+    tokenizer = tokenizer_of()
     (pair,) = encode([MOOD], tokenizer, VERBALISED, 64)
     assert [told(tokenizer, row) for row in pair.rows] == [
         f"[CLS] the film was great the book was poor [SEP] {name} [SEP]" for name in TASKS["mood"]
@@ -44,13 +44,13 @@ def test_verbalised_classes_are_read_as_choices():
 
 
 def test_a_causal_model_scores_the_answer_alone():
-    tokenizer = word_level(pairs=False)
+    tokenizer = tokenizer_of(causal=True)
     mood, colour = encode([MOOD, COLOUR], tokenizer, CAUSAL, 64)
     asked = "the film was great the book was poor options : negative ; positive answer :"
     assert [told(tokenizer, row) for row in mood.rows] == [f"{asked} negative", f"{asked} positive"]
     assert [row.scored for row in mood.rows] == [1, 1] and mood.label == 1
     # Free text is learned with its end.
-    assert [told(tokenizer, row) for row in colour.rows] == ["what colour has sky answer : blue [SEP]"]
+    assert [told(tokenizer, row) for row in colour.rows] == ["what colour has sky answer : blue </s>"]
     assert colour.rows[0].scored == 2 and colour.label == 0
     (learned,) = encode([MOOD], tokenizer, CAUSAL, 64, learning=True)
     assert learned.rows == [mood.rows[1]] and learned.label == 0
@@ -58,7 +58,7 @@ def test_a_causal_model_scores_the_answer_alone():
 
 
 def test_text_is_cut_and_answers_are_not():
-    encoder, causal = word_level(pairs=True), word_level(pairs=False)
+    encoder, causal = tokenizer_of(), tokenizer_of(causal=True)
     (pair,) = encode([MOOD], encoder, ENCODER, 7)
     assert len(pair.rows[0].ids) == 7
     (row,) = encode([MOOD], causal, CAUSAL, 6, learning=True)
@@ -69,14 +69,14 @@ def test_text_is_cut_and_answers_are_not():
 
 def test_what_cannot_be_read():
     with pytest.raises(ValueError, match="which an encoder cannot give"):
-        encode([COLOUR], word_level(pairs=True), ENCODER, 64)
+        encode([COLOUR], tokenizer_of(), ENCODER, 64)
     with pytest.raises(UnknownNameError, match="Unknown task 'other'"):
         ENCODER.options(Example("0", "other", "a"))
 
 
 @pytest.mark.parametrize("form", [ENCODER, CAUSAL])
 def test_batches_hold_rows_padded_on_the_right_or_left(form):
-    dataset = TaskDataset([SINGLE, WHICH, MOOD], word_level(pairs=not form.causal), form, 64)
+    dataset = TaskDataset([SINGLE, WHICH, MOOD], tokenizer_of(form.causal), form, 64)
     batch = dataset.collate([1, 0], pad_id=0)
     rows = [row for place in (1, 0) for row in dataset.encoded[place].rows]
     longest = max(len(row.ids) for row in rows)

@@ -22,7 +22,7 @@ from tasks.qa.back_translation import (
     weights_sha256,
 )
 from tasks.qa.examples import Example, check_examples, generate_examples
-from tests.tasks.qa.builders import word_pieces
+from tests.helpers import bases
 from zoo.errors import DataNotFoundError
 
 CONTEXT = (
@@ -190,7 +190,7 @@ def test_a_spoilt_cache_is_an_error(tmp_path: Path, line: str) -> None:
 def save_marian(folder: Path, seed: int = 0, positions: int = 64) -> str:
     """A tiny random Marian; its tokenizer is a WordPiece one, since Marian's own needs sentencepiece."""
     torch.manual_seed(seed)
-    tokenizer = word_pieces([CONTEXT])
+    tokenizer = bases.word_pieces([CONTEXT])
     config = MarianConfig(
         vocab_size=len(tokenizer),
         d_model=16,
@@ -220,7 +220,7 @@ def marian(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_marian_model_translates_as_transformers_does(marian: str) -> None:
     translator = MarianTranslator(marian, beams=2)
     texts = ["The Normans came to France", "Rollo"]
-    model, tokenizer = MarianMTModel.from_pretrained(marian).eval(), word_pieces([CONTEXT])
+    model, tokenizer = MarianMTModel.from_pretrained(marian).eval(), bases.word_pieces([CONTEXT])
     for text, translation in zip(texts, translator.translate(texts), strict=True):
         ids = model.generate(
             **tokenizer(text, return_tensors="pt", return_token_type_ids=False), num_beams=2, max_length=24

@@ -9,6 +9,7 @@ import pytest
 from tasks.qa.decode import Answer, decode
 from tasks.qa.examples import Example, generate_examples
 from tasks.qa.windows import Window, make_windows
+from tests.helpers import bases
 from tests.tasks.qa.builders import word_pieces
 
 OUTSIDE = (-1, -1)
@@ -190,7 +191,7 @@ def test_text_is_cut_from_the_context() -> None:
         Example(str(place), "domain", "document", "Where to?", context, (text,), (context.index(text, 90),))
         for place, text in enumerate(cases)
     ]
-    windows = make_windows(asked, word_pieces([context]), max_length=60, stride=20)
+    windows = make_windows(asked, bases.word_pieces([context]), max_length=60, stride=20)
     starts, ends = ([np.zeros(len(piece.offsets), np.float16) for piece in windows] for _ in range(2))
     for place, piece in enumerate(windows):
         if piece.end:

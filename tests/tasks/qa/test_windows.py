@@ -12,6 +12,7 @@ import torch
 
 from tasks.qa.examples import Example, generate_examples
 from tasks.qa.windows import OUTSIDE, Window, collate, count_windows, make_windows, thin_out
+from tests.helpers import bases
 from tests.tasks.qa.builders import CONTEXT, texts_of, word_pieces
 
 
@@ -191,7 +192,7 @@ def test_a_context_of_nothing_that_the_tokenizer_knows(tokenizer: Any) -> None:
 
 def test_generated_answers_are_all_found(tokenizer: Any) -> None:
     examples = generate_examples(100)
-    counts = count_windows(examples, make_windows(examples, word_pieces(texts_of(examples))))
+    counts = count_windows(examples, make_windows(examples, bases.word_pieces(texts_of(examples))))
     assert (counts.windows, counts.empty, counts.lost, counts.widened) == (100, 0, 0, 0)
 
 

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from tasks.reward.backbone import Backbone, Inputs
 from tasks.reward.examples import Pair, generate_pairs
-from tests.tasks.qa.builders import word_pieces
+from tests.helpers import bases
 
 GROUPS = {"ground": ["synthetic_travel", "synthetic_speed"], "kitchen": ["synthetic_cooking"]}
 EACH = {name: [name] for name in ("synthetic_travel", "synthetic_cooking", "synthetic_speed")}
@@ -22,62 +21,26 @@ def words_of(pairs: list[Pair]) -> list[str]:
     return [text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)]
 
 
-def save_base(folder: Path, width: int = 32, layers: int = 3, length: int = 64) -> str:
+def save_base(folder: Path) -> str:
     """A BERT with random weights and its tokenizer, as a folder that serves as a base."""
-    tokenizer = word_pieces(words_of(generate_pairs(300)), 300)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        intermediate_size=2 * width,
-        max_position_embeddings=length,
-        # As large as this every part of the network matters.
-        initializer_range=0.2,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    tokenizer = bases.word_pieces(words_of(generate_pairs(300)), 300)
+    # As large as this every part of the network matters.
+    return bases.save_bert(folder, tokenizer, 32, 3, 64, num_attention_heads=4, initializer_range=0.2)
 
 
-def save_llama(folder: Path, width: int = 32, layers: int = 3, length: int = 64) -> str:
+def save_llama(folder: Path) -> str:
     """The same of a Llama."""
-    return _save_llama(folder, LlamaModel, width, layers, length)
+    return _save_llama(folder, LlamaModel, 3, 64)
 
 
 def save_causal(folder: Path, letters: Sequence[str] = ("a", "b")) -> str:
     """A Llama that answers, and knows the two letters of a judge."""
-    return _save_llama(folder, LlamaForCausalLM, 32, 2, 512, letters)
+    return _save_llama(folder, LlamaForCausalLM, 2, 512, letters)
 
 
-def _save_llama(folder: Path, kind: Any, width: int, layers: int, length: int, more: Sequence[str] = ()) -> str:
-    said = [*words_of(generate_pairs(300)), *more]
-    words = sorted({word for text in said for word in text.replace(":", " : ").split()})
-    vocabulary = {word: place for place, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=2 * width,
-        max_position_embeddings=length,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
-    kind(config).save_pretrained(folder)
-    fast.save_pretrained(folder)
-    return str(folder)
+def _save_llama(folder: Path, kind: type[PreTrainedModel], layers: int, length: int, more: Sequence[str] = ()) -> str:
+    tokenizer = bases.whole_words([*words_of(generate_pairs(300)), *more])
+    return bases.save_llama(folder, tokenizer, 32, layers, length, kind, num_attention_heads=4, num_key_value_heads=2)
 
 
 def texts(count: int = 6, length: int = 12, vocabulary: int = 60) -> dict[str, torch.Tensor]:
