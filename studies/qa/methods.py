@@ -128,6 +128,7 @@ PAIRS = (
     ("adapters-ood-eda", "twin-adapters-ood-eda"),
     ("dense-ood-eda", "dense"),
     ("moe", "dense"),
+    ("moe-ood-eda-keep", "dense"),
     ("moe-ood-eda-keep", "dense-ood-eda-keep"),
     ("moe-ood-eda-frozen", "moe-ood-eda"),
     ("moe-top2", "twin-top2"),

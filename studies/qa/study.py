@@ -4,7 +4,7 @@
     python -m studies.qa.study --methods dense adapters --seeds 0 1
     python -m studies.qa.study --only table            only write them
     python -m studies.qa.study --methods dense-ood-eda-keep --seeds 0 --fold 0 2        choose a second stage's settings
-    python -m studies.qa.study --release adapters-ood-eda-keep --seed 0 --out FOLDER    one run's reader as a checkpoint
+    python -m studies.qa.study --release adapters-ood-eda-keep --seed 0 --commit COMMIT --out FOLDER    a run as a checkpoint
 
 Every (method, seed) is one JSON file in `results/`; what has one is not run again. A second stage of seed s goes on
 from the first stage of seed s modulo 3, whose reader is in `runs/`.
@@ -47,6 +47,14 @@ SEEDS = (0, 1, 2, 3, 4)
 FIRST_SEEDS = 3
 # What is scored: documents held out, in domain or a fold out of domain; and the questions that nothing is chosen by.
 VAL, TEST = "val", "test"
+# What a released reader says of what it was made with.
+TERMS = {
+    "robustqa": {
+        "data_terms": "mixed: CC-BY-SA-4.0 (SQuAD, Natural Questions), MIT, Apache-2.0, some state none",
+        "weights_licence": "Apache-2.0",
+    },
+    "generated": {"data_terms": "none: synthetic", "weights_licence": "Apache-2.0"},
+}
 MACRO = tuple(f"{measure}_{kind}" for kind in ("in", "ood", "ood_pooled") for measure in ("f1", "em"))
 
 
@@ -318,23 +326,52 @@ def write_tables(options: argparse.Namespace) -> None:
 
 
 def release(options: argparse.Namespace) -> Path:
-    """The reader of one run as a checkpoint in half precision, whose card tells of both stages."""
+    """The reader of one run as a checkpoint in half precision; its card tells of both stages and of all methods."""
     from safetensors.torch import load_file
 
     one = Run(options.release, options.seed)
     folder = reader_folder(options, one)
+    report = make_report(options, TEST)
+    if report is None or not (folder / "metadata.json").is_file():
+        hint = f"Run it: --methods {one.method} --seeds {one.seed}; delete its row in results/ if it has one."
+        raise DataNotFoundError(f"the reader of {one.name} and its scores", [folder], hint)
     card = hub.info(folder).card
     if METHODS[one.method].start:
         first = hub.info(find_reader(options, one)).card
         card = replace(card, data=f"First stage: {first.data} Second stage: {card.data}")
+    scores = {
+        f"{method}/{key}": value
+        for method in report.scores
+        for key, value in report.metrics(method).items()
+        if key in MACRO
+    }
     golden = load_file(folder / "golden.safetensors")
     return hub.save(
         hub.load_as(folder, QAReader),
         options.out,
-        card=card,
+        card=replace(
+            card,
+            verdict=verdict(report, one.method),
+            results=[hub.Result(scores, "python -m studies.qa.study", options.commit)],
+            **TERMS[options.source],
+        ),
         golden_input=[golden[f"input.{place}"] for place in range(3)],
         config=(folder / "config.yaml").read_text(),
         dtype=torch.float16,
+    )
+
+
+def verdict(report: Report, method: str) -> str:
+    """Whether a mixture paid: how far it is above its twin; nothing where that has not been run."""
+    twin = f"twin-{method}"
+    if twin not in report.scores:
+        return ""
+    found = {key: report.difference(method, twin, key) for key in ("f1_ood", "f1_in")}
+    outside, inside = (f"{of.mean:+.1f} [{of.low:+.1f}, {of.high:+.1f}]" for of in found.values())
+    paid = "paid" if found["f1_ood"].low > 0 else "did not pay"
+    return (
+        f"Against its twin, trained alike over {len(report.scores[method]['f1'])} seeds, the difference "
+        f"in F1 is {outside} out of domain and {inside} in domain: the mixture {paid}."
     )
 
 

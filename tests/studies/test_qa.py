@@ -20,7 +20,7 @@ from zoo import hub
 from zoo.errors import DataNotFoundError, UnknownNameError
 
 FIRST = ("dense", "moe")
-SECOND = ("moe-ood-eda", "moe-ood-eda-frozen", "moe-ood-eda-keep")
+SECOND = ("moe-ood-eda", "moe-ood-eda-keep", "moe-ood-eda-frozen")
 CHOSEN = (*FIRST, *SECOND)
 
 
@@ -48,7 +48,11 @@ def folder(arguments):
     study.main(arguments())
     study.main(arguments("--fold", "0", "1", "--methods", "moe", "moe-ood-eda", "--seeds", "0"))
     options = study.parse(arguments())
-    study.main(arguments("--release", "moe-ood-eda", "--seed", "1", "--out", str(options.folder / "released")))
+    study.main(
+        arguments(
+            "--release", "moe-ood-eda", "--seed", "1", "--commit", "c0ffee", "--out", str(options.folder / "released")
+        )
+    )
     return options.folder
 
 
@@ -142,7 +146,7 @@ def test_tables(folder):
     by_seed = [macro(folder, "moe", "f1_in", [seed]) for seed in (0, 1)]
     assert study_table["test"][1]["f1_in std"] == pytest.approx(np.std(by_seed, ddof=1), abs=1e-3)
     found = {(line["compared"], line["metric"]): line for line in study_table["test differences"]}
-    for first, second in (("moe-ood-eda", "dense"), ("moe", "dense"), ("moe-ood-eda-frozen", "moe-ood-eda")):
+    for first, second in (("moe-ood-eda-keep", "dense"), ("moe", "dense"), ("moe-ood-eda-frozen", "moe-ood-eda")):
         between = found[f"{first} - {second}", "f1_ood"]
         ours, theirs = macro(folder, first, "f1_ood"), macro(folder, second, "f1_ood")
         assert between["mean"] == pytest.approx(ours - theirs, abs=1e-3)
@@ -205,6 +209,20 @@ def test_the_released_reader_answers_as_the_run_does(folder, arguments):
     assert (folder / "released/model.safetensors").stat().st_size < 0.6 * (whole / "model.safetensors").stat().st_size
     card = hub.info(folder / "released").card
     assert "First stage" in card.data and "augmented ones" in card.data
+    (recorded,) = card.results
+    assert recorded.commit == "c0ffee" and recorded.metrics["dense/f1_ood"] == pytest.approx(
+        macro(folder, "dense", "f1_ood"), abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(("gain", "said"), [(0, "did not pay"), (20, "paid")])
+def test_a_verdict_is_about_the_twin(folder, arguments, gain, said):
+    report = study.make_report(study.parse(arguments()), study.TEST)
+    assert study.verdict(report, "moe") == "", "its twin has not been run"
+    report.scores["twin-moe"] = {name: values - gain for name, values in report.scores["moe"].items()}
+    found = study.verdict(report, "moe")
+    # Seeds are drawn for each of both, so that even equal ones have an interval.
+    assert f"{gain:+.1f} [" in found and "over 2 seeds" in found and found.endswith(f"the mixture {said}.")
 
 
 def test_methods_fit_each_other():
