@@ -4,10 +4,11 @@
     python -m studies.qa.study --methods dense adapters --seeds 0 1
     python -m studies.qa.study --only table            only write them
     python -m studies.qa.study --methods dense-ood-eda-keep --seeds 0 --fold 0 2        choose a second stage's settings
-    python -m studies.qa.study --release adapters-ood-eda-keep --seed 0 --commit COMMIT --out FOLDER    a run as a checkpoint
+    python -m studies.qa.study --release adapters-ood-eda-keep --seed 0 --commit COMMIT --out FOLDER
 
 Every (method, seed) is one JSON file in `results/`; what has one is not run again. A second stage of seed s goes on
-from the first stage of seed s modulo 3, whose reader is in `runs/`.
+from the first stage of seed s modulo 3, whose reader is in `runs/`. `--release` makes a
+checkpoint of the reader of one run.
 """
 
 import argparse
