@@ -418,7 +418,7 @@ class QADataModule(ZooDataModule):
         counts = count_windows(learned, self.train_set.windows)
         given = [example for example in learned if not is_copy(example)]
         synthetic = " (synthetic)" if self.source == "generated" else ""
-        replayed = f", at most {self.replay} of each in-domain one" if self.replay else ""
+        replayed = f" (at most {self.replay} of each in-domain one)" if self.replay else ""
         copies = f" and {len(learned) - len(given)} augmented ones" if len(learned) > len(given) else ""
         seen = f"; {self.count_seen()} test questions are about a context learned from" if self.has_test else ""
         return (

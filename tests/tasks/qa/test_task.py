@@ -24,6 +24,7 @@ from zoo.errors import UnknownNameError
 CONFIGS = sorted(Path("configs/qa").glob("*.yaml"))
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 SMALL = ["--data.max_length=64", "--data.stride=16", "--trainer.max_epochs=1", *QUIET]
+RELEASED = "qa/minilm-moe"
 CONTEXT = "Ada Lovelace was born in London in 1815. She wrote the first program. " * 12
 
 
@@ -162,6 +163,17 @@ def test_a_second_stage_ends_with_an_average_of_both_readers(trained: Path, base
     assert any(not torch.equal(learned[name], value) for name, value in origin.items())
     for name, value in mixed.items():
         torch.testing.assert_close(value, 0.7 * origin[name] + 0.3 * learned[name], msg=name)
+    assert "an average, 30% of this" in hub.info(tmp_path / "0.3/checkpoint").card.data
+
+
+def test_the_shipped_reader_answers(minilm: str, tmp_path: Path) -> None:
+    hub.verify(RELEASED)
+    assert hub.info(RELEASED).size < 25e6
+    (tmp_path / "text.txt").write_text("The lighthouse on Skerry Point was built by Margaret Aird, a mason, in 1874.")
+    asked = ["--data.question=Who built the lighthouse?", f"--data.context_file={tmp_path / 'text.txt'}"]
+    main(["predict", RELEASED, *asked, *QUIET, "--out", str(tmp_path)])
+    (row,) = pd.read_parquet(tmp_path / "predictions.parquet").to_dict("records")
+    assert row["answer"].startswith("Margaret Aird")
 
 
 def test_bad_words_and_bases_that_differ(trained: Path, base: str, tmp_path: Path, capsys: Any) -> None:
