@@ -156,10 +156,13 @@ class MoETask(pl.LightningModule):
             metrics.update(output.predictions.detach(), output.targets)
             self.log_dict(metrics, on_step=False, on_epoch=True)
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer trains; a group may have a peak rate of its own, `lr`."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
     def configure_optimizers(self) -> Any:
         """AdamW; its rate rises, then falls as a cosine, with every step, so that resuming at an epoch is exact."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.lr, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -24,12 +24,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from studies.multitask.methods import MAIN, METHODS, PAIRS, RATES, SHOWN, Method
+from studies.multitask.methods import HEADS, MAIN, METHODS, PAIRS, PRIMARY, RATES, SHOWN, Method
 from studies.options import add_release_options, read_options, study_parser
 from studies.rows import Row, is_done, write_whole
 from tasks.multitask.data import MultitaskDataModule
 from tasks.multitask.encode import TaskDataset
-from tasks.multitask.evaluate import MAJORITY, Labels, Report, ScoredTask, normalise_loads
+from tasks.multitask.evaluate import AVERAGE, AVERAGE_GLUE, MAJORITY, Labels, Report, ScoredTask, normalise_loads
 from tasks.multitask.model import MultitaskModel
 from tasks.multitask.plots import plot_scores
 from tasks.multitask.task import Answers, MultitaskTask
@@ -46,6 +46,10 @@ SEEDS = (0, 1, 2)
 TRIAL_SEED = 100
 # What is scored: examples held out, and those that nothing is chosen by.
 VAL, TEST = "val", "test"
+# Plain LoRA of as many ranks as a mixture has in all.
+TWIN = "lora-r64"
+# What a released network says of what it was made with.
+TERMS = {"data_terms": "mixed, several state none", "weights_licence": "Apache-2.0"}
 # Permutations that measure chance.
 PERMUTATIONS = 50
 
@@ -68,15 +72,30 @@ class Run(NamedTuple):
 
 
 def run(options: argparse.Namespace, one: Run) -> Row:
-    """Train and score."""
+    """Train and score: a trial by what is held out, a run of the table by the test, too."""
     data = load_data(options.source, options.batch_size, options.score_limit)
     data.seed = one.seed
     data.epoch_size = data.batch_size * (options.trial_steps if one.trial else options.steps)
-    task = MultitaskTask(network(options, METHODS[one.method]), lr=one.lr)
+    task = build(options, one)
     facts = train(options, one, task, data)
     task.model.eval()
-    part = VAL if one.trial else TEST
-    return {**facts, **count_parameters(task.model), part: judge(task, data, part)}
+    parts = [VAL] if one.trial else [VAL, TEST]
+    return {**facts, **count_parameters(task.model), **{part: judge(task, data, part) for part in parts}}
+
+
+def build(options: argparse.Namespace, one: Run) -> MultitaskTask:
+    """A new network, drawn by the run's seed."""
+    pl.seed_everything(one.seed, verbose=False)
+    return MultitaskTask(network(options, METHODS[one.method]), **rates_of(options, one), **METHODS[one.method].task)
+
+
+def rates_of(options: argparse.Namespace, one: Run) -> dict[str, float]:
+    """Those of adapters and of heads.
+
+    Raises:
+        DataNotFoundError: The rate of the heads has not been chosen.
+    """
+    return {"lr": one.lr, "head_lr": one.lr if one.method == HEADS else chosen_rate(options, HEADS)}
 
 
 def network(options: argparse.Namespace, method: Method) -> dict[str, Any]:
@@ -84,15 +103,24 @@ def network(options: argparse.Namespace, method: Method) -> dict[str, Any]:
     return {"base": options.base, "method": method.method, "adapter": dict(method.adapter) or None}
 
 
+def make_data(source: Literal["nlp_tasks", "generated"], batch_size: int, score_limit: int) -> MultitaskDataModule:
+    """The examples, not read yet."""
+    return MultitaskDataModule(source=source, sampling="temperature", batch_size=batch_size, score_cap=score_limit)
+
+
 @cache
-def load_data(
-    source: Literal["nlp_tasks", "generated"], batch_size: int, score_limit: int | None
-) -> MultitaskDataModule:
-    """The examples, read once for all runs."""
-    data = MultitaskDataModule(source=source, sampling="temperature", batch_size=batch_size, score_cap=score_limit)
+def load_data(source: Literal["nlp_tasks", "generated"], batch_size: int, score_limit: int) -> MultitaskDataModule:
+    """The same, read once for all runs."""
+    data = make_data(source, batch_size, score_limit)
     data.setup("fit")
     data.setup("test")
     return data
+
+
+def describe_data(source: Literal["nlp_tasks", "generated"], batch_size: int, score_limit: int) -> Row:
+    """What a row has to say about the examples."""
+    arguments = make_data(source, batch_size, score_limit).hparams
+    return {name: arguments[name] for name in ("cap", "holdout", "sampling", "temperature", "max_length")}
 
 
 def train(options: argparse.Namespace, one: Run, task: MultitaskTask, data: MultitaskDataModule) -> Row:
@@ -182,7 +210,14 @@ def result_path(options: argparse.Namespace, one: Run) -> Path:
 def describe(options: argparse.Namespace, one: Run) -> Row:
     """What a row is about; one about anything else is not that of the run."""
     names = ("source", "base", "batch_size", "score_limit", "trial_steps" if one.trial else "steps")
-    return {**{name: getattr(options, name) for name in names}, **one._asdict(), "setting": asdict(METHODS[one.method])}
+    protocol = describe_data(options.source, options.batch_size, options.score_limit)
+    return {
+        **{name: getattr(options, name) for name in names},
+        **protocol,
+        **one._asdict(),
+        **rates_of(options, one),
+        "setting": asdict(METHODS[one.method]),
+    }
 
 
 def run_missing(options: argparse.Namespace, runs: Sequence[Run]) -> None:
@@ -199,27 +234,53 @@ def run_missing(options: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Try every rate for every method, as often for one as for another, and write the best of each to `rates.json`."""
-    trials = {method: [Run(method, lr, TRIAL_SEED, True) for lr in RATES] for method in options.methods}
-    run_missing(options, [one for runs in trials.values() for one in runs])
-    lines = []
-    for method, runs in trials.items():
-        scores = [make_report({method: [read(options, one)]}, VAL).metrics(method)["average"] for one in runs]
-        lines.append({"method": method} | {f"{lr:g}": value for lr, value in zip(RATES, scores, strict=True)})
-        best = RATES[int(np.argmax(scores))]
-        write_whole(rates_path(options), {**rates(options), method: best})
-    print_table(f"{options.source}: average of validation by learning rate", lines)
+    """Try every rate for every method, as often for one as for another; heads come first, as all others have theirs."""
+    methods = [HEADS, *(method for method in options.methods if method != HEADS)]
+    for method in methods:
+        run_missing(options, trials_of(method))
+    lines = [{"method": method} | {f"{lr:g}": score for lr, score in scores_of(options, method)} for method in methods]
+    print_table(f"{options.source}: {criterion(options)} of validation by learning rate", lines)
 
 
-def rates_path(options: argparse.Namespace) -> Path:
-    """Where the chosen rates are."""
-    return Path(options.folder) / "rates.json"
+def trials_of(method: str) -> list[Run]:
+    """One for each rate."""
+    return [Run(method, lr, TRIAL_SEED, True) for lr in RATES]
 
 
-def rates(options: argparse.Namespace) -> dict[str, float]:
-    """The chosen rate of each method that was tuned."""
-    path = rates_path(options)
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+def scores_of(options: argparse.Namespace, method: str) -> list[tuple[float, float]]:
+    """Each rate of a method with how good it was in validation; none where a trial is missing.
+
+    Raises:
+        ValueError: A trial is about another setting.
+    """
+    trials = trials_of(method)
+    if not all(result_path(options, one).is_file() for one in trials):
+        return []
+    found = [make_report({method: [read(options, one)]}, VAL).metrics(method) for one in trials]
+    return [(one.lr, metrics[criterion(options)]) for one, metrics in zip(trials, found, strict=True)]
+
+
+def criterion(options: argparse.Namespace) -> str:
+    """By what rates are chosen: on the development data by the tasks with hundreds of examples held out."""
+    return AVERAGE_GLUE if options.source == "nlp_tasks" else AVERAGE
+
+
+def chosen_rate(options: argparse.Namespace, method: str) -> float:
+    """The rate that was best in validation.
+
+    Raises:
+        DataNotFoundError: Not all rates have been tried.
+    """
+    scores = scores_of(options, method)
+    if not scores:
+        hint = f"Choose it: python -m studies.multitask.study --tune --methods {method}"
+        raise DataNotFoundError(f"the learning rate of {method}", [result_path(options, trials_of(method)[0])], hint)
+    return max(scores, key=lambda found: found[1])[0]
+
+
+def tuned(options: argparse.Namespace) -> list[str]:
+    """Methods of which all rates have been tried."""
+    return [method for method in METHODS if scores_of(options, method)]
 
 
 def runs_of(options: argparse.Namespace, methods: Sequence[str]) -> list[Run]:
@@ -228,17 +289,19 @@ def runs_of(options: argparse.Namespace, methods: Sequence[str]) -> list[Run]:
     Raises:
         DataNotFoundError: A method has no rate yet.
     """
-    found = rates(options)
-    for method in methods:
-        if method not in found:
-            hint = f"Choose it: python -m studies.multitask.study --tune --methods {method}"
-            raise DataNotFoundError(f"the learning rate of {method}", [rates_path(options)], hint)
+    found = {method: chosen_rate(options, method) for method in methods}
     return [Run(method, found[method], seed) for seed in options.seeds for method in methods]
 
 
 def read(options: argparse.Namespace, one: Run) -> Row:
-    """The row of a run."""
-    row: Row = json.loads(result_path(options, one).read_text())
+    """The row of a run.
+
+    Raises:
+        ValueError: It is about another setting.
+    """
+    path = result_path(options, one)
+    is_done(path, describe(options, one))
+    row: Row = json.loads(path.read_text())
     return row
 
 
@@ -248,9 +311,8 @@ def read_rows(options: argparse.Namespace) -> dict[str, list[Row]]:
     Raises:
         ValueError: One is about another setting.
     """
-    tuned = [method for method in METHODS if method in rates(options)]
     rows: dict[str, list[Row]] = {}
-    for one in runs_of(options, tuned):
+    for one in runs_of(options, tuned(options)):
         if is_done(result_path(options, one), describe(options, one)):
             rows.setdefault(one.method, []).append(read(options, one))
     # In the order of the methods, not of the seeds.
@@ -311,13 +373,27 @@ def table(rows: Mapping[str, Sequence[Row]], report: Report) -> list[Row]:
 
 
 def differences(report: Report) -> list[Row]:
-    """How much a method is above another, with 95 % intervals over examples and seeds."""
-    return [
-        {"compared": f"{first} - {second}", **row}
+    """How much a method is above another, with 95 % intervals over examples and seeds; Holm's p of the primary ones."""
+    lines = [
+        {"compared": f"{first} - {second}", "primary": (first, second) in PRIMARY, **row}
         for first, second in PAIRS
         if {first, second} <= report.predictions.keys()
         for row in report.difference_rows(first, second)
     ]
+    key = AVERAGE_GLUE if AVERAGE_GLUE in report.metric_names() else AVERAGE
+    decided = [line for line in lines if line["primary"] and line["metric"] == key]
+    for line, value in zip(decided, holm([line["p_value"] for line in decided]), strict=True):
+        line["holm"] = value
+    return lines
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number by Holm's step-down method (Holm 1979)."""
+    order = np.argsort(p_values)
+    steps = np.array(p_values)[order] * (len(p_values) - np.arange(len(p_values)))
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return [float(value) for value in adjusted]
 
 
 def write_tables(options: argparse.Namespace) -> None:
@@ -326,7 +402,11 @@ def write_tables(options: argparse.Namespace) -> None:
     if not rows:
         raise DataNotFoundError("results", [options.folder / "results"], "Run the study without --only table.")
     report = make_report(rows, TEST)
-    results: dict[str, Any] = {"rates": rates(options), TEST: table(rows, report), "differences": differences(report)}
+    results: dict[str, Any] = {
+        "rates": {name: dict(scores_of(options, name)) for name in tuned(options)},
+        TEST: table(rows, report),
+        "differences": differences(report),
+    }
     print_table(f"{options.source}, percent", results[TEST], ["method", "seeds", *report.main_names()])
     averages = [row for row in results["differences"] if "/" not in row["metric"]]
     print_table(f"{options.source}: differences of averages", averages)
@@ -351,7 +431,7 @@ def release(options: argparse.Namespace) -> Path:
     rivals = {
         f"{method}/{key}": value
         for method in report.predictions
-        if method not in (one.method, MAJORITY)
+        if method != MAJORITY
         for key, value in report.metrics(method).items()
     }
     recorded = hub.Result(rivals, "python -m studies.multitask.study", options.commit)
@@ -359,10 +439,23 @@ def release(options: argparse.Namespace) -> Path:
     return hub.save(
         hub.load_as(folder, MultitaskModel),
         options.out,
-        card=replace(hub.info(folder).card, results=[recorded]),
+        card=replace(hub.info(folder).card, results=[recorded], verdict=verdict(report, one.method), **TERMS),
         golden_input=[golden[f"input.{place}"] for place in range(7)],
         config=(folder / "config.yaml").read_text(),
         dtype=torch.float16,
+    )
+
+
+def verdict(report: Report, method: str) -> str:
+    """Whether a mixture paid: how far it is above LoRA of as many ranks; nothing where that has not been run."""
+    if TWIN not in report.predictions or method == TWIN:
+        return ""
+    key = AVERAGE_GLUE if AVERAGE_GLUE in report.metric_names() else AVERAGE
+    found = report.difference(method, TWIN, key)
+    paid = "paid" if found.low > 0 else "did not pay"
+    return (
+        f"Against {METHODS[TWIN].what}, trained alike over {len(report.values(method, key))} seeds, the difference in "
+        f"{key} is {found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]: the mixture {paid}."
     )
 
 
@@ -371,10 +464,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = study_parser(__doc__, FOLDER, METHODS, ["nlp_tasks", "generated"], SEEDS, MAIN)
     add_release_options(parser)
     parser.add_argument("--base", default=MINILM, help="the encoder")
-    parser.add_argument("--steps", type=int, default=600, help="of a run")
-    parser.add_argument("--trial-steps", type=int, default=200, help="of a trial")
+    parser.add_argument("--steps", type=int, default=800, help="of a run")
+    parser.add_argument("--trial-steps", type=int, default=250, help="of a trial")
     parser.add_argument("--batch-size", type=int, default=16, help="examples of a step")
-    parser.add_argument("--score-limit", type=int, default=600, help="examples of a task that are scored")
+    parser.add_argument("--score-limit", type=int, default=840, help="examples of a task that are scored")
     parser.add_argument("--tune", action="store_true", help="choose learning rates on validation, test nothing")
     options = read_options(parser, arguments, METHODS)
     if options.release:

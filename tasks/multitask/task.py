@@ -90,6 +90,7 @@ class MultitaskTask(MoETask):
         bias_rate: float = 1e-3,
         new_tokens: int = 16,
         lr: float = 1e-3,
+        head_lr: float | None = None,
         weight_decay: float = 0.0,
         warmup: float = 0.1,
     ) -> None:
@@ -102,6 +103,7 @@ class MultitaskTask(MoETask):
             bias_rate: Step by which the selection biases of SMoRA are moved once per optimiser step.
             new_tokens: Longest answer in free text.
             lr: Peak learning rate of AdamW.
+            head_lr: That of the heads, `lr` if left out.
             weight_decay: Its weight decay.
             warmup: Share of all steps in which the rate rises.
 
@@ -114,6 +116,7 @@ class MultitaskTask(MoETask):
         self.pretrained = pretrained
         self.bias_rate = bias_rate
         self.new_tokens = new_tokens
+        self.head_lr = head_lr
         # Of a validation, test or prediction.
         self.answers: Answers | None = None
         super().__init__(lr, weight_decay, warmup)
@@ -131,6 +134,16 @@ class MultitaskTask(MoETask):
         """Selection biases that nobody moves would balance nothing."""
         biased = any(module.biased_router is not None for module in routed_modules(self.model).values())
         return [BiasBalancing(self.bias_rate)] if biased else []
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Heads, which are new to the base in another way than adapters are, and all else that is trained."""
+        heads = set(self.model.heads.parameters())
+        rest = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in heads]
+        groups = [
+            {"params": [*self.model.heads.parameters()], "lr": self.lr if self.head_lr is None else self.head_lr},
+            {"params": rest},
+        ]
+        return [group for group in groups if group["params"]]
 
     def setup(self, stage: str) -> None:
         """Bring network and data together: new tasks are added to the network, examples are cut as it reads them.

@@ -43,15 +43,15 @@ def arguments(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(arguments):
-    """Results of two seeds."""
+    """Results of two seeds; two rates are tried."""
     options = study.parse(arguments())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "RATES", RATES)
         study.main(arguments("--tune"))
-    study.main(arguments())
-    words = ("--release", "smora", "--seed", "1", "--commit", "1234567", "--out", str(options.folder / "released"))
-    study.main(arguments(*words))
-    return options.folder
+        study.main(arguments())
+        words = ("--release", "smora", "--seed", "1", "--commit", "1234567", "--out", str(options.folder / "released"))
+        study.main(arguments(*words))
+        yield options.folder
 
 
 def row(folder, name, part="results"):
@@ -72,23 +72,40 @@ def test_each_run_and_each_trial_has_one_row(folder):
     names = {path.name.removeprefix("generated.") for path in (folder / "results").iterdir()}
     assert names == {f"{method}.seed{seed}.json" for method in CHOSEN for seed in (0, 1)}
     trials = {path.name.removeprefix("generated.") for path in (folder / "trials").iterdir()}
-    assert trials == {f"{method}.lr{lr:g}.json" for method in CHOSEN for lr in RATES}
+    assert trials == {f"{method}.lr{lr:g}.json" for method in ("heads", *CHOSEN) for lr in RATES}
     whole, trial = row(folder, "smora.seed0"), row(folder, "smora.lr0.001", "trials")
-    assert (whole["steps"], trial["steps"]) == (4, 2) and "test" not in trial and "val" not in whole
+    assert (whole["steps"], trial["steps"]) == (4, 2) and "test" not in trial and "val" in whole
     assert all(len(of["target"].split()) == 12 for of in whole["test"]["tasks"].values())
     assert whole["setting"]["adapter"]["top_k"] == 8
     assert len(whole["test"]["task_dependence"]) == 12
 
 
 def test_each_method_has_the_rate_that_was_best_in_validation(folder):
-    chosen = json.loads((folder / "rates.json").read_text())
-    for method in CHOSEN:
+    best = {}
+    for method in ("heads", *CHOSEN):
         scores = []
         for lr in RATES:
             tasks = row(folder, f"{method}.lr{lr:g}", "trials")["val"]["tasks"].values()
             scores.append(np.mean([np.equal(of["target"].split(), of["predicted"].split()).mean() for of in tasks]))
-        assert chosen[method] == RATES[int(np.argmax(scores))]
-        assert row(folder, f"{method}.seed1")["lr"] == chosen[method]
+        best[method] = RATES[int(np.argmax(scores))]
+    for method in CHOSEN:
+        found = row(folder, f"{method}.seed1")
+        assert (found["lr"], found["head_lr"]) == (best[method], best["heads"])
+        assert row(folder, f"{method}.lr0.001", "trials")["head_lr"] == best["heads"]
+
+
+def test_a_seed_determines_the_network(folder, arguments):
+    """Adapters and routers, whatever ran before in the process."""
+    options = study.parse(arguments())
+    first, again, other = (study.build(options, Run("smora", 1e-3, seed)).model.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_holm():
+    """An example by hand: the smallest times 4, the next times 3, ..., never falling, at most 1."""
+    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert study.holm([0.6, 0.9]) == [1, 1] and study.holm([]) == []
 
 
 def test_active_parameters_are_those_of_the_chosen_ranks(folder):
@@ -145,7 +162,6 @@ def test_all_methods_learn_from_the_same_examples_in_the_same_order(arguments):
 def test_a_second_call_runs_nothing(folder, arguments, monkeypatch):
     monkeypatch.setattr(study, "run", None)
     study.main(arguments())
-    monkeypatch.setattr(study, "RATES", RATES)
     study.main(arguments("--tune"))
 
 
@@ -177,9 +193,19 @@ def test_the_release_holds_adapters_and_heads_and_what_others_scored(folder):
         assert torch.equal(value, whole.get_parameter(name).half().float()) or not value.requires_grad, name
     assert all(".smora_experts." in name or name.startswith("heads.") for name in model.state_dict())
     rivals = {of["method"]: of for of in recorded_rivals(folder / "released", ["average"])}
-    assert set(rivals) == {"moe-top1 (recorded)"}
+    assert set(rivals) == {"moe-top1 (recorded)", "smora (recorded)"}
     assert rivals["moe-top1 (recorded)"]["average"] == pytest.approx(average(folder, "moe-top1"))
     assert rivals["moe-top1 (recorded)"]["command"] == "python -m studies.multitask.study"
+
+
+@pytest.mark.parametrize(("alike", "said"), [(True, "did not pay"), (False, "paid")])
+def test_a_verdict_is_about_plain_lora(folder, arguments, monkeypatch, alike, said):
+    report = study.make_report(study.read_rows(study.parse(arguments())), study.TEST)
+    assert study.verdict(report, "smora") == "", "it has not been run"
+    right = {name: np.tile(task.targets, (2, 1)) for name, task in report.tasks.items()}
+    wrong = {name: np.full_like(of, -1) for name, of in right.items()}
+    report.predictions["smora"], report.predictions["lora-r64"] = right, right if alike else wrong
+    assert study.verdict(report, "smora").endswith(f"the mixture {said}.")
 
 
 def test_methods_fit_each_other_and_the_network(base, monkeypatch):

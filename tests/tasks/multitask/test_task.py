@@ -196,6 +196,19 @@ def test_biases_move_once_per_optimiser_step(encoder: str, tmp_path: Path) -> No
         assert bool(step.any()) == (expected > 0)
 
 
+def test_heads_may_have_a_rate_of_their_own(encoder: str) -> None:
+    adapter = {"r": 2, "top_k": 1}
+    task = MultitaskTask({"base": encoder, "adapter": adapter}, lr=1e-3, head_lr=1e-2)
+    task.model.add_tasks({"mood": ("bad", "good")})
+    heads, rest = task.parameter_groups()
+    assert heads["lr"] == 1e-2 and "lr" not in rest
+    assert {id(of) for of in heads["params"]} == {id(of) for of in task.model.heads.parameters()}
+    trained = {id(of) for of in task.model.parameters() if of.requires_grad}
+    assert {id(of) for of in [*heads["params"], *rest["params"]]} == trained and rest["params"]
+    task.head_lr = None
+    assert task.parameter_groups()[0]["lr"] == 1e-3
+
+
 def test_balance_losses_are_collected(encoder: str, tmp_path: Path) -> None:
     task, _ = run(encoder, "mola", {"experts": 3, "aux_losses": {"load_balancing": 0.5}}, default_root_dir=tmp_path)
     logged = task.trainer.callback_metrics
