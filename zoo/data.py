@@ -161,12 +161,13 @@ class ZooDataModule(pl.LightningDataModule):
         Args:
             dataset: A dataset of known length.
             shuffle: Whether to permute it anew in every epoch.
-            options: Further arguments of `DataLoader`, e.g. `collate_fn`.
+            options: Further arguments of `DataLoader`, e.g. `collate_fn`, or a `sampler` in place of that.
         """
+        if shuffle:
+            options.setdefault("sampler", EpochSampler(len(dataset), self.seed))  # type: ignore[arg-type]
         return LateLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=EpochSampler(len(dataset), self.seed) if shuffle else None,  # type: ignore[arg-type]
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(self.seed),
             **options,

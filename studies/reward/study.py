@@ -16,6 +16,8 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from studies.options import add_release_options, read_options, study_parser
-from studies.reward.methods import GOLD, MAIN, METHODS, PAIRS, SHOWN, TRIALS
+from studies.reward.methods import GOLD, MAIN, METHODS, PAIRS, SHOWN, TRIALS, Method
 from studies.rows import Row, is_done, write_whole
 from tasks.reward.backbone import Backbone, Reading
 from tasks.reward.baselines import REDUCTIONS, LoraEnsemble, reduce_members
@@ -280,7 +282,24 @@ def result_path(options: argparse.Namespace, one: Run) -> Path:
 def describe(options: argparse.Namespace, one: Run) -> Row:
     """What a row is about; one about anything else is not that of the run."""
     found = {name: getattr(options, name) for name in ("source", "base", "limit", "sample")}
-    return {**found, **one._asdict(), "setting": asdict(METHODS[one.method])}
+    return {**found, **one._asdict(), "setting": setting(METHODS[one.method])}
+
+
+def setting(method: Method) -> Row:
+    """A method as plain data, with what it leaves at its default, which may change."""
+    row = asdict(method)
+    if method.kind in MODELS:
+        row["network"] = defaults(MODELS[method.kind]) | row["network"]
+        row["data"] = defaults(RewardDataModule) | row["data"]
+        row["task"] = defaults(RewardTask) | row["task"]
+    return row
+
+
+def defaults(of: type) -> Row:
+    """Arguments of a class that have a default, but for those that the command line or the run decides."""
+    decided = ("base", "base_sha256", "source", "root", "limit", "seed", "num_workers", "cache", "epochs")
+    parameters = signature(of).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty and one.name not in decided}
 
 
 def runs_of(options: argparse.Namespace, methods: Sequence[str]) -> list[Run]:
@@ -416,11 +435,22 @@ def write_tables(options: argparse.Namespace) -> None:
     results["routes"] = {
         method: {"groups": row["groups"], "prompts": confusion(row).tolist()} for method, row in routed.items()
     }
+    if golden := [agreement(row) for row in rows.get(GOLD, [])]:
+        results[GOLD] = golden
+        print(
+            f"The gold reward agrees with people on {np.mean(golden):.1f} % of the training pairs that it is scored on."
+        )
     stem = "results" if options.part == TEST else options.part
     write_whole(options.folder / f"{stem}.json", results)
     if options.part == TEST:
         shown = [name for name in SHOWN if name in report.scores]
         print(plot_consistency(report, options.folder / "consistency.png", shown))
+
+
+def agreement(row: Row) -> float:
+    """Consistency of a row, in percent."""
+    differences = numbers(row["differences"][""])
+    return float(PERCENT * np.mean((differences > 0) + 0.5 * (differences == 0)))
 
 
 def rows_of(report: Report) -> int:
@@ -483,7 +513,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=400, help="pairs that slow methods are scored on")
     parser.add_argument("--gold-limit", type=int, default=1500, help="pairs that the gold reward is scored on")
     options = read_options(parser, arguments, METHODS)
-    options.methods = options.methods or list(MAIN if options.part == TEST else TRIALS)
+    options.methods = options.methods or list(MAIN if options.part == TEST else chain(*TRIALS.values()))
     options.cache = options.folder / "runs" / "cache"
     return options
 

@@ -3,6 +3,7 @@
 B texts, D the base's width, N members or objectives.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -17,6 +18,10 @@ from zoo.moe.routers.base import require
 MEMBERS, OBJECTIVES, GATE = "members", "objectives", "gate"
 REDUCTIONS = ("mean", "worst", "uncertainty")
 HUMAN = "human"
+# How fast the running means of members follow their rewards; the rate falls to zero, so they end where these do.
+MOMENTUM = 0.02
+# Share of the preference in the reward that a gate starts with.
+START = 0.9
 
 
 def reduce_members(scores: Tensor, reduce: str, penalty: float) -> Tensor:
@@ -36,10 +41,12 @@ def reduce_members(scores: Tensor, reduce: str, penalty: float) -> Tensor:
 class LoraEnsemble(Backbone):
     """N reward models, each a LoRA and a head of its own, on one frozen base; all read a batch in one pass.
 
-    They differ by how they start. One member is the usual reward model.
+    They differ by how they start. One member is the usual reward model. A member's rewards are told apart by their
+    differences alone, so each is centred by its mean over the training texts before several become one.
     """
 
     phases = (MEMBERS,)
+    centre: Tensor
 
     def __init__(
         self,
@@ -78,6 +85,7 @@ class LoraEnsemble(Backbone):
         self.experts = self.lora_experts(members, rank)
         # Heads that start at zero would leave members alike in all but A.
         nn.init.normal_(self.experts.head, std=self.dim**-0.5)
+        self.register_buffer("centre", torch.zeros(members))
         self.groups, self.group_of = {"all": []}, {}
         self.complete()
 
@@ -86,8 +94,8 @@ class LoraEnsemble(Backbone):
         return [f"member {number}" for number in range(self.members)]
 
     def scores(self, inputs: Inputs) -> Tensor:
-        """The members' rewards `(B, N)`."""
-        return self.experts.scores(self.finish(inputs.hidden, inputs.mask, (self.experts,)))
+        """The members' centred rewards `(B, N)`."""
+        return self.experts.scores(self.finish(inputs.hidden, inputs.mask, (self.experts,))) - self.centre
 
     def read(self, inputs: Inputs, oracle: bool = False) -> Reading:
         """Rewards and those of the members; see `Backbone.read`."""
@@ -102,6 +110,8 @@ class LoraEnsemble(Backbone):
     def phase_loss(self, phase: str, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
         """The members' losses, added up, since they share nothing that is trained; see `Backbone.phase_loss`."""
         pairs, scores = len(preferences), self.scores(inputs)
+        if torch.is_grad_enabled():
+            self.centre += MOMENTUM * scores.detach().mean(0)
         loss = bradley_terry_loss(scores[:pairs], scores[pairs:]) * self.members
         rewards = reduce_members(scores, self.reduce, self.penalty)
         return loss, rewards[:pairs] > rewards[pairs:]
@@ -112,7 +122,8 @@ class ObjectiveModel(Backbone):
 
     Without gate it is the multi-task model, whose reward is the first head's. With one the reward is a sum of all
     heads', weighted by the prompt as in ArmoRM (Wang et al. 2024, arXiv 2406.12845). There the heads learn ratings,
-    here the same preferences as DMoERM's experts; the gate is learned at last, with all else frozen, as there.
+    here the same preferences as DMoERM's experts; the gate is learned at last, with all else frozen, as there. Like
+    DMoERM's aggregation it starts at what people prefer, or almost.
     """
 
     def __init__(
@@ -152,9 +163,12 @@ class ObjectiveModel(Backbone):
         self.phases = (OBJECTIVES, GATE) if gate else (OBJECTIVES,)
         self.gating = None
         if gate:
-            self.gating = nn.Sequential(
-                nn.Linear(self.dim, gate_dim), nn.GELU(), nn.Linear(gate_dim, 1 + len(capabilities))
-            )
+            last = nn.Linear(gate_dim, 1 + len(capabilities))
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            with torch.no_grad():
+                last.bias[0] = math.log(START / (1 - START) * len(capabilities))
+            self.gating = nn.Sequential(nn.Linear(self.dim, gate_dim), nn.GELU(), last)
         self.groups, self.group_of = {"all": []}, {}
         self.complete()
 
@@ -197,7 +211,7 @@ class ObjectiveModel(Backbone):
         rewards = self.combine(scores, inputs.prompts) if phase == GATE else scores[:, 0]
         loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:])
         if phase == OBJECTIVES:
-            # The mean over all objectives: they share one LoRA.
+            # They share one LoRA, in which what people prefer weighs as much as all capabilities together.
             own = capability_loss(scores[:pairs, 1:], scores[pairs:, 1:], preferences)
-            loss = (loss + own) / scores.shape[1]
+            loss = (loss + own / len(self.capabilities)) / 2
         return loss, rewards[:pairs] > rewards[pairs:]

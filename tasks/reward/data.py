@@ -1,7 +1,7 @@
 """Preference pairs from the development data, an official source, a file of the user's own, or a generated set."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from tasks.reward.groups import HOW_TO_GET_PREFERENCES, PREFERENCE
 from tasks.reward.labelling import read_labels
 from tasks.reward.texts import Batch, Tokens, encode_prompts, encode_texts, pad
 from zoo.base_models import MINILM, load_tokenizer
-from zoo.data import ZooDataModule, find
+from zoo.data import EpochSampler, ZooDataModule, epoch_seed, find
 from zoo.errors import DataNotFoundError, UnknownNameError
 
 SOURCES = ("preference", *OFFICIAL, "file", "generated")
@@ -41,6 +41,8 @@ SPLIT_SEED = 0
 # Phases that learn from what `aggregate_share` holds back, from one pair of each prompt, and from all pairs; the others
 # learn from what is not held back.
 HELD_BACK, BY_PROMPT, EVERYTHING = ("aggregate", "gate"), ("router",), ("capability", "members")
+# Phases in which inner models learn apart. Each batch is of one of them: a step is as large however few pairs it has.
+BY_GROUP = ("task", "capability", "aggregate")
 
 
 class TextDataset(Dataset[int]):
@@ -126,6 +128,37 @@ class PairDataset(TextDataset):
         if phase in EVERYTHING or not self.held_back.any():
             return list(range(len(self)))
         return np.flatnonzero(self.held_back == (phase in HELD_BACK)).tolist()
+
+
+class GroupSampler(EpochSampler):
+    """A permutation per epoch in whole batches of one group each; what fills no batch of its own group comes last.
+
+    It depends on the seed and the epoch alone, as the one that it begins with.
+    """
+
+    def __init__(self, groups: Sequence[int], batch_size: int, seed: int) -> None:
+        """Store what orders them.
+
+        Args:
+            groups: Of each sample.
+            batch_size: Samples that stand together.
+            seed: Of the run.
+        """
+        super().__init__(len(groups), seed)
+        self.groups = groups
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        by_group: dict[int, list[int]] = {}
+        for place in super().__iter__():
+            by_group.setdefault(self.groups[place], []).append(place)
+        size = self.batch_size
+        whole = {group: len(of) // size * size for group, of in by_group.items()}
+        batches = [of[start : start + size] for group, of in by_group.items() for start in range(0, whole[group], size)]
+        for number in np.random.default_rng(epoch_seed(self.seed, self.epoch)).permutation(len(batches)):
+            yield from batches[number]
+        for group, of in by_group.items():
+            yield from of[whole[group] :]
 
 
 class CandidateDataset(TextDataset):
@@ -349,10 +382,15 @@ class RewardDataModule(ZooDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the pairs that the task's phase learns from; all, if it has none."""
-        dataset = self.require("train_set")
-        phase = getattr(self.trainer and self.trainer.lightning_module, "phase", None)
-        places = dataset.places(phase) if phase else range(len(dataset))  # type: ignore[attr-defined]
-        return super().loader(Subset(dataset, places), shuffle=True, collate_fn=dataset.collate)  # type: ignore[attr-defined, arg-type]
+        dataset: PairDataset = self.require("train_set")  # type: ignore[assignment]
+        task = self.trainer and self.trainer.lightning_module
+        phase = getattr(task, "phase", None)
+        places = dataset.places(phase) if phase else range(len(dataset))
+        options: dict[str, Any] = {"collate_fn": dataset.collate}
+        if phase in BY_GROUP:
+            groups = [task.model.group_of.get(dataset.categories[place], 0) for place in places]  # type: ignore[union-attr]
+            options["sampler"] = GroupSampler(groups, self.batch_size, self.seed)
+        return super().loader(Subset(dataset, places), shuffle=True, **options)
 
     def loader(self, dataset: Dataset[Any], shuffle: bool = False, **options: Any) -> DataLoader[Any]:
         """A loader of `Batch`es."""

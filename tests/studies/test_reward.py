@@ -8,7 +8,7 @@ import pytest
 
 import zoo
 from studies.reward import policy, study
-from studies.reward.methods import CAPABILITIES, GROUPS, MAIN, METHODS, OURS, PAIRS, PROXIES, SHOWN, THEIRS, TRIALS
+from studies.reward.methods import CAPABILITIES, GROUPS, MAIN, METHODS, PAIRS, PROXIES, SHOWN, TRIALS
 from studies.reward.study import Run
 from tasks.reward.capabilities import CAPABILITIES as KNOWN
 from tasks.reward.capabilities import PREFERENCE_ITSELF
@@ -126,7 +126,8 @@ def test_trials_see_no_test_pair_and_learn_from_fewer(arguments):
     assert learned | validated == {p.id for of in (other.train_set, other.val_set) for p in of.pairs}
     assert 0 < len(other.train_set) - len(learned) < 0.3 * len(other.train_set)
     assert len(study.scored(options, Run("single", 0, "val"), trial)) == len(validated)
-    assert study.parse(["--part", "val"]).methods == list(TRIALS) and study.parse([]).methods == list(MAIN)
+    assert study.parse(["--part", "val"]).methods == [name for trials in TRIALS.values() for name in trials]
+    assert study.parse([]).methods == list(MAIN)
 
 
 def test_tables(folder):
@@ -157,6 +158,7 @@ def test_tables(folder):
         (line["compared"], line["metric"]) for line in found["sample differences"]
     }
     assert (folder / "consistency.png").is_file()
+    assert np.mean(found["gold"]) == pytest.approx(consistency(folder, "gold"))
     assert [line["method"] for line in json.loads((folder / "val.json").read_text())["all"]] == ["single", "longer"]
 
 
@@ -170,6 +172,12 @@ def test_scores_are_those_of_the_saved_network(folder, arguments):
     for name, values in row(folder, "dmoerm.seed0")["differences"].items():
         # There the states of the prefix were rounded.
         np.testing.assert_allclose(study.numbers(again["differences"][name]), study.numbers(values), atol=2e-2)
+
+
+def test_rows_tell_defaults_too(folder):
+    found = row(folder, "dmoerm.seed0")["setting"]
+    assert found["network"]["aggregate_dim"] == 64 and found["data"]["max_length"] == 256 and found["task"]["lr"]
+    assert "source" not in found["data"] and "seed" not in found["data"]
 
 
 def test_a_second_call_runs_nothing(folder, arguments, monkeypatch):
@@ -213,8 +221,8 @@ def test_methods_fit_each_other():
     readings = {"longer", "dmoerm/oracle", "ensemble/worst", "ensemble/uncertainty"}
     assert {name for pair in PAIRS for name in pair} | set(SHOWN) <= METHODS.keys() | readings
     assert set(MAIN) | set(PROXIES) <= METHODS.keys()
-    assert len(OURS) == len(THEIRS) and set(TRIALS) <= METHODS.keys()
-    for name, trials in (("dmoerm", OURS), ("single", THEIRS)):
+    for name, trials in TRIALS.items():
+        assert trials.keys() <= METHODS.keys()
         assert WHOLE[name] in [replace(of, what=WHOLE[name].what) for of in trials.values()]
     assert {name for names in CAPABILITIES.values() for name in names} <= {*KNOWN, PREFERENCE_ITSELF}
     assert CAPABILITIES.keys() == GROUPS.keys()

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tasks.reward.capabilities import capability_preferences
-from tasks.reward.data import GENERATED_COUNTS, RewardDataModule, limit_pairs, number_prompts
+from tasks.reward.data import GENERATED_COUNTS, GroupSampler, RewardDataModule, limit_pairs, number_prompts
 from tasks.reward.examples import generate_pairs
-from tasks.reward.texts import PrefixStore, encode_prompts, encode_texts, fingerprint, pad
+from tasks.reward.texts import PrefixStore, encode_prompts, encode_texts, fingerprint, pad, without_middle
 from tests.tasks.reward.builders import save_base, save_llama
 from zoo.base_models import load_tokenizer
 from zoo.errors import DataNotFoundError, UnknownNameError
@@ -38,23 +38,31 @@ def words(tokenizer, ids):
     return tokenizer.convert_ids_to_tokens(ids)
 
 
-def test_the_prompt_is_cut_first_and_from_its_left(bases):
+def test_the_prompt_is_cut_first_and_both_lose_their_middle(bases):
     tokenizer = load_tokenizer(bases["bert"])
     prompt, answer = "how do i travel to", "take the train then the bus"
     whole, tight, tighter = (
-        encode_texts([prompt], [answer], tokenizer, length, least)[0] for length, least in ((32, 2), (12, 2), (9, 2))
+        encode_texts([prompt], [answer], tokenizer, length, least)[0] for length, least in ((32, 2), (13, 2), (9, 2))
     )
     assert words(tokenizer, whole.ids) == ["[CLS]", *prompt.split(), "[SEP]", *answer.split(), "[SEP]"]
     assert whole.types == [0] * 7 + [1] * 7 and whole.cut_prompt == whole.cut_answer == 0
-    assert words(tokenizer, tight.ids) == ["[CLS]", "i", "travel", "to", "[SEP]", *answer.split(), "[SEP]"]
-    assert (tight.cut_prompt, tight.cut_answer) == (2, 0)
-    # Two tokens of the prompt stay, and only then does the answer lose its end.
-    assert words(tokenizer, tighter.ids) == ["[CLS]", "travel", "to", "[SEP]", *answer.split()[:4], "[SEP]"]
+    assert words(tokenizer, tight.ids) == ["[CLS]", "how", "i", "travel", "to", "[SEP]", *answer.split(), "[SEP]"]
+    assert (tight.cut_prompt, tight.cut_answer) == (1, 0)
+    # Two tokens of the prompt stay, and only then is the answer cut.
+    found = ["[CLS]", "travel", "to", "[SEP]", "take", "the", "train", "bus", "[SEP]"]
+    assert words(tokenizer, tighter.ids) == found and tighter.types == [0] * 4 + [1] * 5
     assert (tighter.cut_prompt, tighter.cut_answer) == (3, 2)
-    (alone,) = encode_prompts([prompt], tokenizer, 4)
-    assert words(tokenizer, alone.ids) == ["[CLS]", "travel", "to", "[SEP]"]
+    (alone,) = encode_prompts([prompt], tokenizer, 6)
+    assert words(tokenizer, alone.ids) == ["[CLS]", "how", "i", "travel", "to", "[SEP]"]
     with pytest.raises(ValueError, match="no room"):
         encode_texts([prompt], [answer], tokenizer, 8, 8)
+
+
+@pytest.mark.parametrize("room", [0, 1, 5, 9, 10, 20])
+def test_what_stays_are_beginning_and_end(room):
+    kept = without_middle(list(range(10)), room, 0.75)
+    first = round(0.75 * room)
+    assert kept == (list(range(10)) if room >= 10 else [*range(first), *range(10 - room + first, 10)])
 
 
 def test_a_causal_model_reads_prompt_and_answer_in_turn(bases):
@@ -95,12 +103,29 @@ def test_phases_learn_from_their_own_pairs(data):
     assert set(dataset.places("joint")) == early and dataset.places("capability") == list(range(count))
     first = dataset.places("router")
     assert len(first) == len(dataset.prompts) == len({dataset.prompt_of[place] for place in first})
-    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(phase="aggregate"))
-    rows = [row for batch in data.train_dataloader() for row in batch.rows]
+    numbers = {name: place % 2 for place, name in enumerate(sorted(set(dataset.categories)))}
+    model = SimpleNamespace(group_of=numbers)
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(phase="aggregate", model=model))
+    batches = [batch.rows for batch in data.train_dataloader()]
+    rows = [row for batch in batches for row in batch]
+    # But for what is left over, a batch is of one inner model; both are seen all along.
+    groups = [{numbers[dataset.categories[row]] for row in batch} for batch in batches]
+    assert max(map(len, groups[:-2])) == 1 and groups[:-2] not in (sorted(groups[:-2], key=min), [{0}] * len(groups))
     data.trainer = None
     assert sorted(rows) == sorted(late) and rows != sorted(rows)
     everything = [row for batch in data.train_dataloader() for row in batch.rows]
     assert sorted(everything) == list(range(count))
+
+
+def test_batches_of_one_group_depend_on_seed_and_epoch_alone():
+    groups = [n % 3 for n in range(50)]
+    sampler, again, other = (GroupSampler(groups, 4, seed) for seed in (0, 0, 1))
+    order = list(sampler)
+    assert sorted(order) == list(range(50)) and order == list(again) and order != list(other)
+    again.set_epoch(1)
+    assert list(again) != order
+    # 17, 17 and 16 of each group: four whole batches of each, and two that are left.
+    assert all(len({groups[place] for place in order[start : start + 4]}) == 1 for start in range(0, 48, 4))
 
 
 def test_labels_are_properties_what_people_prefer_or_those_of_a_file(bases, tmp_path):

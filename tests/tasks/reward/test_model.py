@@ -324,11 +324,22 @@ def test_members_of_an_ensemble_are_separate_models(bases):
     assert torch.equal(reduce_members(reading.scores, "worst", 0.0), reading.scores.min(1).values)
     penalised = reading.scores.mean(1) - 0.7 * reading.scores.var(1, unbiased=False)
     torch.testing.assert_close(reduce_members(reading.scores, "uncertainty", 0.7), penalised)
+    with torch.no_grad():
+        model.phase_loss("members", inputs, torch.ones(3, 0, dtype=torch.int8))
+    assert not model.centre.any(), "validation moves nothing"
+    for _ in range(400):
+        model.phase_loss("members", inputs, torch.ones(3, 0, dtype=torch.int8))
+    centred = model.read(inputs).scores
+    torch.testing.assert_close(centred.mean(0), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(centred.diff(dim=0), reading.scores.diff(dim=0))
     with pytest.raises(UnknownNameError, match="reduction"):
         LoraEnsemble(2, "median", base=bases["bert"])
 
 
 def test_a_gate_weighs_the_objectives_by_the_prompt(bases):
+    fresh = ObjectiveModel(list(CAPABILITIES), gate=True, base=bases["bert"]).eval()
+    start = torch.softmax(fresh.gating(inputs_of(fresh, texts(), [-1] * 6).prompts), 1)
+    torch.testing.assert_close(start, torch.tensor([0.9, 0.05, 0.05]).expand(6, -1))
     model = stir(ObjectiveModel(list(CAPABILITIES), gate=True, base=bases["bert"])).eval()
     inputs = inputs_of(model, texts(), [-1] * 6)
     reading = model.read(inputs)
