@@ -12,7 +12,7 @@ class Method:
     Attributes:
         what: In words.
         start: The method whose reader a second stage goes on from; None builds a new one.
-        network: Arguments of `QAReader` for a new one.
+        network: Arguments of `QAReader` for a new one; of a second stage, for one that the first stage's becomes.
         data: Arguments of `QADataModule`; what its augmentation draws follows the run's seed.
         task: Arguments of `QATask`.
         epochs: All of them: nothing is chosen among epochs.
@@ -97,6 +97,22 @@ for name in list(METHODS):
         f"{name}-ood-keep": keeping(ood, f"{ood.what}, keeping what was known", REPLAY, MIXING),
         f"{name}-ood-eda-keep": keeping(eda, f"{eda.what}, keeping what was known", REPLAY, MIXING),
     }
+# The first stage's plain encoder becomes a mixture for the second.
+LATE = {
+    "late-moe": INSIDE,
+    "late-moe-top2": {**INSIDE, "top_k": 2},
+    "late-adapters": ADAPTERS,
+    "late-head": HEAD,
+    "late-twin-top2": {**INSIDE, "top_k": 2, "mixture": False},
+    "late-twin-adapters": {**ADAPTERS, "mixture": False},
+    "late-twin-head": {**HEAD, "mixture": False},
+}
+for name, network in LATE.items():
+    METHODS[f"{name}-ood-eda-keep"] = replace(
+        METHODS["dense-ood-eda-keep"],
+        what=f"dense, then {name.removeprefix('late-')} out of domain with EDA, keeping what was known",
+        network=network,
+    )
 METHODS["moe-ood-eda-frozen"] = out_of_domain(
     "moe", "moe-ood-eda with its experts frozen", COPIES, {"freeze_experts": True}
 )
@@ -130,6 +146,10 @@ PAIRS = (
     ("moe", "dense"),
     ("moe-ood-eda-keep", "dense"),
     ("moe-ood-eda-keep", "dense-ood-eda-keep"),
+    ("late-moe-ood-eda-keep", "dense-ood-eda-keep"),
+    ("late-moe-top2-ood-eda-keep", "late-twin-top2-ood-eda-keep"),
+    ("late-adapters-ood-eda-keep", "late-twin-adapters-ood-eda-keep"),
+    ("late-head-ood-eda-keep", "late-twin-head-ood-eda-keep"),
     ("moe-ood-eda-frozen", "moe-ood-eda"),
     ("moe-top2", "twin-top2"),
     ("head", "twin-head"),

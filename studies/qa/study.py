@@ -116,8 +116,11 @@ def train(options: argparse.Namespace, one: Run, data: QADataModule) -> tuple[QA
     """Train a new reader, or one of a first stage; the task saves it as a checkpoint in the run's folder."""
     method = METHODS[one.method]
     pl.seed_everything(one.seed, verbose=False)
+    network = {"base": options.base, **method.network}
     if method.start is None:
-        task = QATask({"base": options.base, **method.network}, **method.task)
+        task = QATask(network, **method.task)
+    elif method.network:
+        task = QATask(network, upcycle=str(find_reader(options, one)), **method.task)
     else:
         task = QATask(pretrained=str(find_reader(options, one)), **method.task)
     folder = reader_folder(options, one).parent

@@ -235,6 +235,37 @@ class QAReader(AdaptedModel):
         )
         return Mixture(MoELayer(router, experts, aux_losses={BALANCE: self.balance}), own)
 
+    @torch.no_grad()
+    def start_from(self, plain: "QAReader") -> None:
+        """Take over a trained reader without mixtures: what was copied from the base is copied from its encoder.
+
+        With mixtures inside the encoder this one then computes what that one does (sparse upcycling, Komatsuzaki et al.
+        2022, arXiv 2212.05055), if nothing is drawn anew by `diversify`.
+
+        Args:
+            plain: Built with `moe_layers=[]` on the same base, without LoRA, as this one is.
+
+        Raises:
+            ValueError: It is another reader, or this one has LoRA.
+        """
+        if plain.paths or plain.lora_rank or self.lora_rank or plain.base_sha256 != self.base_sha256:
+            raise ValueError(
+                "A mixture starts from a reader that was built with moe_layers=[] on the same base, both without LoRA; "
+                f"found mixtures in {list(plain.paths) or 'no layer'}, lora_rank={plain.lora_rank} and "
+                f"{self.lora_rank}, bases {plain.base} and {self.base}."
+            )
+        theirs = plain.encoder.state_dict()
+        for name, parameter in self.encoder.named_parameters():
+            if name in theirs:
+                parameter.copy_(theirs[name])
+        self.span.load_state_dict(plain.span.state_dict())
+        layout = find_layout(plain.encoder, plain.base)
+        count = len(plain.encoder.get_submodule(layout.layers))
+        layers = [count - 1] if self.placement == HEAD else resolve(self.moe_layers, count)
+        for layer, mixture in zip(layers, self.mixtures().values(), strict=True):
+            fresh = self.build_mixture(layout.feed_forward(plain.encoder, layer), mixture.own is not None)
+            mixture.load_state_dict(fresh.state_dict())
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, type_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from tasks.qa.data import QADataModule, WindowDataset
@@ -72,6 +71,7 @@ class QATask(MoETask):
         self,
         network: dict[str, Any] | None = None,
         pretrained: str | None = None,
+        upcycle: str | None = None,
         freezing: dict[str, Any] | None = None,
         mixing: float = 1.0,
         twin: str | None = None,
@@ -89,10 +89,11 @@ class QATask(MoETask):
         Args:
             network: Arguments of `tasks.qa.model.QAReader` that differ from its defaults.
             pretrained: Name of a zoo checkpoint, or a folder written by `zoo.save`, in place of a new network.
+            upcycle: The same of a reader without mixtures that a new network starts from, see `QAReader.start_from`.
             freezing: What to train of a pretrained reader from now on: arguments of `QAReader.refreeze`. None trains
                 what was trained before.
-            mixing: Share of what was learned in the average of its weights and those of the pretrained reader that the
-                fit ends with, so that what either knows is kept (WiSE-FT, Wortsman et al. 2022, equation 1).
+            mixing: Share of what was learned in the average of weights that the fit ends with; the rest is the reader
+                it came from: what either knows is kept (WiSE-FT, Wortsman et al. 2022, equation 1).
             twin: A checkpoint of the reader without mixtures, trained alike, that `test` compares with.
             dense: A checkpoint of the plain baseline that `test` compares with.
             n_best: Answers to a question that are kept.
@@ -106,17 +107,20 @@ class QATask(MoETask):
         Raises:
             UnknownNameError: There is no such argument of the network.
             ValueError: Both a new network and a checkpoint are asked for, freezing or mixing without a checkpoint, or
-                mixing is not in (0, 1].
+                mixing is not in (0, 1]; a reader cannot be upcycled.
         """
         check_network(QAReader, network, pretrained)
         if freezing and not pretrained:
             raise ValueError(f"freezing={freezing}: is for a pretrained reader; a new one takes them in network.")
         if not 0 < mixing <= 1:
             raise ValueError(f"mixing={mixing}: must be in (0, 1]; 1 keeps what was learned alone.")
-        if mixing < 1 and not pretrained:
+        if mixing < 1 and not (pretrained or upcycle):
             raise ValueError(f"mixing={mixing}: averages a reader with the pretrained one it came from; name that one.")
+        if pretrained and upcycle:
+            raise ValueError(f"pretrained={pretrained!r} and upcycle={upcycle!r}: name one of them.")
         self.network = network or {}
         self.pretrained = pretrained
+        self.upcycle = upcycle
         self.freezing = freezing or {}
         self.mixing = mixing
         self.rival_names = {name: path for name, path in (("twin", twin), ("dense", dense)) if path}
@@ -139,6 +143,11 @@ class QATask(MoETask):
             self.model.refreeze(**self.freezing)
         else:
             self.model = QAReader(**self.network)
+        if self.upcycle:
+            self.model.start_from(hub.load_as(self.upcycle, QAReader))
+        # Frozen parameters stay bit-identical, and need no average.
+        trained = self.model.named_parameters() if self.mixing < 1 else ()
+        self.origin = {name: value.detach().clone() for name, value in trained if value.requires_grad}
         # A base comes in eval mode, in which Lightning would leave it.
         self.model.train()
 
@@ -213,8 +222,8 @@ class QATask(MoETask):
         """Save the network of the best epoch, averaged where it is to be, as a checkpoint in the run folder."""
         folder = Path(self.trainer.default_root_dir) / "checkpoint"
         self.load_best()
-        if self.pretrained and self.mixing < 1:
-            mix(self.model, hub.load_as(self.pretrained, QAReader), self.mixing)
+        for name, value in self.origin.items():
+            self.model.get_parameter(name).data.lerp_(value.to(self.device), 1 - self.mixing)
         dataset: WindowDataset = self.data.require("val_set")
         batch = next(iter(self.data.loader(WindowDataset(dataset.examples, dataset.windows[:2]))))
         golden = [batch.input_ids, batch.attention_mask, batch.type_ids]
@@ -331,21 +340,6 @@ class QATask(MoETask):
             title = f"{min(len(rows), SHOWN_QUESTIONS)} of {len(rows)} answers"
             print_table(title, rows[:SHOWN_QUESTIONS], ["question", "answer", "score", *layers])
         super().report_predictions(folder)
-
-
-@torch.no_grad()
-def mix(model: QAReader, origin: QAReader, share: float) -> None:
-    """Average a reader with the one it came from.
-
-    Args:
-        model: What was learned; changed in place.
-        origin: What it came from.
-        share: Of what was learned.
-    """
-    for name, parameter in model.named_parameters():
-        # What is frozen stays bit-identical.
-        if parameter.requires_grad:
-            parameter.lerp_(origin.get_parameter(name).to(parameter), 1 - share)
 
 
 DIFFERENCE_KEYS = {"": "mean", "/low": "low", "/high": "high"}

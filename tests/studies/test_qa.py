@@ -20,7 +20,7 @@ from zoo import hub
 from zoo.errors import DataNotFoundError, UnknownNameError
 
 FIRST = ("dense", "moe")
-SECOND = ("moe-ood-eda", "moe-ood-eda-keep", "moe-ood-eda-frozen")
+SECOND = ("moe-ood-eda", "moe-ood-eda-keep", "late-moe-ood-eda-keep", "moe-ood-eda-frozen")
 CHOSEN = (*FIRST, *SECOND)
 
 
@@ -155,6 +155,12 @@ def test_tables(folder):
     assert (folder / "f1.png").is_file()
 
 
+def test_a_plain_reader_becomes_a_mixture_in_the_second_stage(folder, arguments):
+    late, plain = row(folder, "late-moe-ood-eda-keep.seed0"), row(folder, "dense.seed0")
+    assert late["parameters"] == row(folder, "moe.seed0")["parameters"] > plain["parameters"]
+    assert list(late["setting"]["start"]) == ["dense"] and late["setting"]["network"]["num_experts"] == 4
+
+
 def test_frozen_experts_stay_as_the_first_stage_left_them(folder, arguments):
     options = study.parse(arguments())
     states = [
@@ -228,7 +234,8 @@ def test_a_verdict_is_about_the_twin(folder, arguments, gain, said):
 def test_methods_fit_each_other():
     assert set(MAIN) | set(SHOWN) | {name for pair in PAIRS for name in pair} <= METHODS.keys()
     for name, method in METHODS.items():
-        assert (method.start is None) == bool(method.network), name
+        assert method.start is None or bool(method.network) == name.startswith("late-"), name
+        assert method.start or method.network, name
         assert method.start is None or METHODS[method.start].start is None, name
     eda, plain = METHODS["moe-ood-eda"], METHODS["moe-ood"]
     assert eda.epochs * (1 + eda.data["augment"]["copies"]) == plain.epochs

@@ -148,6 +148,39 @@ def test_a_new_reader_is_its_base(bases, base, experts, top_k, mixture):
         assert (got[~mask] == float("-inf")).all()
 
 
+@pytest.mark.parametrize(("base", "experts"), KINDS)
+@pytest.mark.parametrize(("top_k", "mixture"), [(1, True), (3, True), (1, False), (3, False)])
+def test_a_mixture_starts_from_a_trained_reader(bases, base, experts, top_k, mixture):
+    plain = scrambled(reader(bases[base], moe_layers=[], mixture=False))
+    model = reader(bases[base], experts=experts, top_k=top_k, mixture=mixture)
+    before = model(*batch())
+    model.start_from(plain)
+    _, mask, _ = batch()
+    for got, expected, other in zip(model(*batch()), plain(*batch()), before, strict=True):
+        assert close(got[mask], expected[mask]) and not close(got[mask], other[mask])
+
+
+def test_a_head_starts_from_the_last_network_of_a_trained_reader(bases):
+    plain = scrambled(reader(bases["bert"], moe_layers=[], mixture=False))
+    model = reader(bases["bert"], placement="head")
+    model.start_from(plain)
+    ids, mask, types = batch()
+    hidden = plain.encoder(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
+    last = plain.encoder.encoder.layer[-1]
+    own = last.output.dense(last.intermediate(hidden))
+    start = plain.span(hidden + own)[..., 0]
+    assert close(model(ids, mask, types)[0][mask], start[mask])
+
+
+def test_what_no_mixture_starts_from(bases):
+    plain = {"moe_layers": [], "mixture": False}
+    for ours, theirs in (({}, {}), ({"lora_rank": 2}, plain), ({}, plain | {"lora_rank": 2})):
+        with pytest.raises(ValueError, match=r"built with moe_layers=\[\] on the same base"):
+            reader(bases["bert"], **ours).start_from(reader(bases["bert"], **theirs))
+    with pytest.raises(ValueError, match="on the same base"):
+        reader(bases["bert"]).start_from(reader(bases["dropout"], **plain))
+
+
 @pytest.mark.parametrize("base", ["roberta", "electra", "roberta-prelayernorm"])
 @pytest.mark.parametrize("experts", ["upcycled", "adapters"])
 def test_further_encoders(bases, base, experts):

@@ -166,6 +166,19 @@ def test_a_second_stage_ends_with_an_average_of_both_readers(trained: Path, base
     assert "an average, 30% of this" in hub.info(tmp_path / "0.3/checkpoint").card.data
 
 
+def test_a_plain_reader_becomes_a_mixture(base: str, tmp_path: Path) -> None:
+    plain = network(base, moe_layers=[], mixture=False)
+    main(["fit", "-c", "configs/qa/minilm-moe.yaml", *plain, *generated(base), "--out", str(tmp_path / "plain")])
+    started = [f"--model.upcycle={tmp_path / 'plain/checkpoint'}", "--model.mixing=0.5", "--model.lr=1e-12"]
+    config = ["fit", "-c", "configs/qa/minilm-moe.yaml"]
+    main([*config, *network(base), *started, *generated(base), "--out", str(tmp_path / "moe")])
+    before, after = (zoo.load(tmp_path / name / "checkpoint") for name in ("plain", "moe"))
+    assert after.mixture and not before.mixture
+    torch.testing.assert_close(after.span.weight, before.span.weight)
+    name = "encoder.layer.0.attention.self.query.weight"
+    torch.testing.assert_close(after.encoder.get_parameter(name), before.encoder.get_parameter(name))
+
+
 def test_the_shipped_reader_answers(minilm: str, tmp_path: Path) -> None:
     hub.verify(RELEASED)
     assert hub.info(RELEASED).size < 25e6
@@ -185,6 +198,8 @@ def test_bad_words_and_bases_that_differ(trained: Path, base: str, tmp_path: Pat
         QATask({"base": base}, mixing=0.5)
     with pytest.raises(ValueError, match=r"mixing=0\.0: must be in \(0, 1\]"):
         QATask(pretrained=str(trained / "checkpoint"), mixing=0.0)
+    with pytest.raises(ValueError, match="upcycle='b': name one of them"):
+        QATask(pretrained="a", upcycle="b")
     with pytest.raises(ValueError, match="brings its own"):
         QATask({"base": base}, pretrained=str(trained / "checkpoint"))
     command = [
