@@ -197,7 +197,7 @@ def test_biases_move_once_per_optimiser_step(encoder: str, tmp_path: Path) -> No
 
 
 def test_heads_may_have_a_rate_of_their_own(encoder: str) -> None:
-    adapter = {"r": 2, "top_k": 1}
+    adapter = {"r": 4, "top_k": 2}
     task = MultitaskTask({"base": encoder, "adapter": adapter}, lr=1e-3, head_lr=1e-2)
     task.model.add_tasks({"mood": ("bad", "good")})
     heads, rest = task.parameter_groups()
