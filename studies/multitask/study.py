@@ -26,6 +26,7 @@ import torch
 
 from studies.multitask.methods import HEADS, MAIN, METHODS, PAIRS, PRIMARY, RATES, SHOWN, Method
 from studies.options import add_release_options, read_options, study_parser
+from studies.release import save_released
 from studies.rows import Row, is_done, write_whole
 from tasks.multitask.data import MultitaskDataModule
 from tasks.multitask.encode import TaskDataset
@@ -420,8 +421,6 @@ def write_tables(options: argparse.Namespace) -> None:
 
 def release(options: argparse.Namespace) -> Path:
     """One run as a checkpoint in half precision, whose metadata hold the results of all other methods."""
-    from safetensors.torch import load_file
-
     (one,) = [run for run in runs_of(options, [options.release]) if run.seed == options.seed]
     folder = checkpoint(options, one)
     if not (folder / "metadata.json").is_file():
@@ -435,15 +434,8 @@ def release(options: argparse.Namespace) -> Path:
         for key, value in report.metrics(method).items()
     }
     recorded = hub.Result(rivals, "python -m studies.multitask.study", options.commit)
-    golden = load_file(folder / "golden.safetensors")
-    return hub.save(
-        hub.load_as(folder, MultitaskModel),
-        options.out,
-        card=replace(hub.info(folder).card, results=[recorded], verdict=verdict(report, one.method), **TERMS),
-        golden_input=[golden[f"input.{place}"] for place in range(7)],
-        config=(folder / "config.yaml").read_text(),
-        dtype=torch.float16,
-    )
+    card = replace(hub.info(folder).card, results=[recorded], verdict=verdict(report, one.method), **TERMS)
+    return save_released(hub.load_as(folder, MultitaskModel), folder, options.out, card)
 
 
 def verdict(report: Report, method: str) -> str:

@@ -28,6 +28,7 @@ import torch
 
 from studies.options import add_release_options, read_options, study_parser
 from studies.qa.methods import MAIN, METHODS, PAIRS, SHOWN
+from studies.release import save_released
 from studies.rows import Row, is_done, write_whole
 from tasks.qa.data import OOD_DOMAINS, QADataModule, WindowDataset
 from tasks.qa.decode import decode
@@ -331,8 +332,6 @@ def write_tables(options: argparse.Namespace) -> None:
 
 def release(options: argparse.Namespace) -> Path:
     """The reader of one run as a checkpoint in half precision; its card tells of both stages and of all methods."""
-    from safetensors.torch import load_file
-
     one = Run(options.release, options.seed)
     folder = reader_folder(options, one)
     report = make_report(options, TEST)
@@ -349,20 +348,13 @@ def release(options: argparse.Namespace) -> Path:
         for key, value in report.metrics(method).items()
         if key in MACRO
     }
-    golden = load_file(folder / "golden.safetensors")
-    return hub.save(
-        hub.load_as(folder, QAReader),
-        options.out,
-        card=replace(
-            card,
-            verdict=verdict(report, one.method),
-            results=[hub.Result(scores, "python -m studies.qa.study", options.commit)],
-            **TERMS[options.source],
-        ),
-        golden_input=[golden[f"input.{place}"] for place in range(3)],
-        config=(folder / "config.yaml").read_text(),
-        dtype=torch.float16,
+    card = replace(
+        card,
+        verdict=verdict(report, one.method),
+        results=[hub.Result(scores, "python -m studies.qa.study", options.commit)],
+        **TERMS[options.source],
     )
+    return save_released(hub.load_as(folder, QAReader), folder, options.out, card)
 
 
 def verdict(report: Report, method: str) -> str:

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from studies.options import add_release_options, read_options, study_parser
+from studies.release import save_released
 from studies.reward.methods import GOLD, MAIN, METHODS, PAIRS, SHOWN, TRIALS, Method
 from studies.rows import Row, is_done, write_whole
 from tasks.reward.backbone import Backbone, Reading
@@ -463,8 +464,6 @@ def rows_of(report: Report) -> int:
 
 def release(options: argparse.Namespace) -> Path:
     """One run as a checkpoint in half precision, whose metadata hold the results of all other methods."""
-    from safetensors.torch import load_file
-
     one = Run(options.release, options.seed)
     folder = checkpoint(options, one)
     if not (folder / "metadata.json").is_file():
@@ -478,15 +477,8 @@ def release(options: argparse.Namespace) -> Path:
         for key, value in report.metrics(name).items()  # type: ignore[union-attr]
     }
     recorded = hub.Result(rivals, "python -m studies.reward.study", options.commit)
-    golden = load_file(folder / "golden.safetensors")
-    return hub.save(
-        load_network(options, one),
-        options.out,
-        card=replace(hub.info(folder).card, results=[recorded]),
-        golden_input=[golden[f"input.{place}"] for place in range(5)],
-        config=(folder / "config.yaml").read_text(),
-        dtype=torch.float16,
-    )
+    card = replace(hub.info(folder).card, results=[recorded])
+    return save_released(load_network(options, one), folder, options.out, card)
 
 
 def load_network(options: argparse.Namespace, one: Run) -> Backbone:

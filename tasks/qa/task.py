@@ -223,7 +223,8 @@ class QATask(MoETask):
         folder = Path(self.trainer.default_root_dir) / "checkpoint"
         self.load_best()
         for name, value in self.origin.items():
-            self.model.get_parameter(name).data.lerp_(value.to(self.device), 1 - self.mixing)
+            learned = self.model.get_parameter(name).data
+            learned.lerp_(value.to(learned.device), 1 - self.mixing)
         dataset: WindowDataset = self.data.require("val_set")
         batch = next(iter(self.data.loader(WindowDataset(dataset.examples, dataset.windows[:2]))))
         golden = [batch.input_ids, batch.attention_mask, batch.type_ids]
