@@ -57,6 +57,8 @@ TERMS = {
     },
     "generated": {"data_terms": "none: synthetic", "weights_licence": "Apache-2.0"},
 }
+# Of a second stage, whose own data module knows nothing of it.
+CHOSEN_BY_FOLDS = "Its settings were chosen on folds of the out-of-domain questions, too."
 MACRO = tuple(f"{measure}_{kind}" for kind in ("in", "ood", "ood_pooled") for measure in ("f1", "em"))
 
 
@@ -341,7 +343,7 @@ def release(options: argparse.Namespace) -> Path:
     card = hub.info(folder).card
     if METHODS[one.method].start:
         first = hub.info(find_reader(options, one)).card
-        card = replace(card, data=f"First stage: {first.data} Second stage: {card.data}")
+        card = replace(card, data=f"First stage: {first.data} Second stage: {card.data} {CHOSEN_BY_FOLDS}")
     scores = {
         f"{method}/{key}": value
         for method in report.scores

@@ -214,7 +214,7 @@ def test_the_released_reader_answers_as_the_run_does(folder, arguments):
     assert np.mean([one == other for one, other in zip(ours, theirs, strict=True)]) > 0.95
     assert (folder / "released/model.safetensors").stat().st_size < 0.6 * (whole / "model.safetensors").stat().st_size
     card = hub.info(folder / "released").card
-    assert "First stage" in card.data and "augmented ones" in card.data
+    assert "First stage" in card.data and "augmented ones" in card.data and "folds" in card.data
     (recorded,) = card.results
     assert recorded.commit == "c0ffee" and recorded.metrics["dense/f1_ood"] == pytest.approx(
         macro(folder, "dense", "f1_ood"), abs=1e-3
