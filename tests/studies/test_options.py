@@ -43,7 +43,7 @@ def test_a_study_that_releases_no_single_run_needs_no_seed():
 
 @pytest.mark.parametrize("arguments", [["--methods", "mixtrue"], [*RELEASE[2:], "--release", "mixtrue"]])
 def test_an_unknown_method_is_refused(arguments: list[str]):
-    with pytest.raises(UnknownNameError, match="method 'mixtrue'.*mixture"):
+    with pytest.raises(UnknownNameError, match=r"method 'mixtrue'.*mixture"):
         read(*arguments)
 
 
