@@ -63,18 +63,26 @@ class Method:
     cached: bool = True
 
 
-# What learns alike: epochs of each phase, the rate, and the share of the pairs that only the aggregation learns from.
-EPOCHS = {"router": 3, "joint": 2, "task": 1, "capability": 1, "aggregate": 2}
-PASSES = 4
+# What learns alike: the rate, and how often a baseline sees each pair.
 RATE = 1e-3
-SHARE = 0.4
-RANK = 64
-# At which one LoRA has as many trained parameters as DMoERM, more than its layer has itself.
-EQUAL_RANK = 452
+PASSES = 2
+# Of DMoERM: epochs of each phase, the share of the pairs that only the aggregation learns from, and the rate of that,
+# which has few weights and starts from what is known.
+EPOCHS = {"router": 3, "joint": 2, "task": 2, "capability": 1, "aggregate": 8}
+SHARE = 0.1
+LAST_RATE = 1e-2
+RANK = 16
+# At which one LoRA, and one of five, has as many trained parameters as DMoERM.
+EQUAL_RANK, MEMBER_RANK = 345, 69
 
 
 def dmoerm(
-    what: str, epochs: Mapping[str, int] | None = None, share: float = SHARE, lr: float = RATE, **network: Any
+    what: str,
+    epochs: Mapping[str, int] | None = None,
+    share: float = SHARE,
+    lr: float = RATE,
+    last_lr: float = LAST_RATE,
+    **network: Any,
 ) -> Method:
     """DMoERM with all its parts, but for what is named.
 
@@ -83,48 +91,68 @@ def dmoerm(
         epochs: Of phases that have others than `EPOCHS`; 0 leaves one out.
         share: Of the pairs that only the aggregation learns from.
         lr: Learning rate.
+        last_lr: That of the aggregation.
         network: Arguments of `DMoERM` that differ.
     """
     counts = {phase: count for phase, count in {**EPOCHS, **(epochs or {})}.items() if count}
-    chosen = {"groups": GROUPS, "capabilities": CAPABILITIES, **network}
-    return Method(what, "dmoerm", chosen, counts, {"lr": lr}, {"aggregate_share": share})
+    chosen = {"groups": GROUPS, "capabilities": CAPABILITIES, "aggregate": "score", "aggregate_dim": 0, **network}
+    rates = {"lr": lr, "phase_lr": {"aggregate": last_lr}}
+    return Method(what, "dmoerm", chosen, counts, rates, {"aggregate_share": share})
 
 
-def single(what: str, rank: int, lr: float = RATE) -> Method:
+def single(what: str, rank: int, lr: float = RATE, passes: int = PASSES, **data: Any) -> Method:
     """One LoRA and a head: the twin.
 
     Args:
         what: In words.
         rank: Of the LoRA.
         lr: Learning rate.
+        passes: How often it sees each pair.
+        data: Arguments of `StudyData`.
     """
     network = {"groups": ONE_GROUP, "task_rank": rank}
-    return Method(what, "dmoerm", network, {"joint": PASSES}, {"lr": lr}, {"aggregate_share": 0.0})
+    return Method(what, "dmoerm", network, {"joint": passes}, {"lr": lr}, {"aggregate_share": 0.0, **data})
 
 
-def ensemble(what: str, lr: float = RATE, **data: Any) -> Method:
+def ensemble(what: str, lr: float = RATE, passes: int = PASSES) -> Method:
     """Five LoRAs, together as large as DMoERM.
 
     Args:
         what: In words.
         lr: Learning rate.
-        data: Arguments of `StudyData`.
+        passes: How often they see each pair.
     """
-    learned = {"aggregate_share": 0.0, **data}
-    return Method(what, "ensemble", {"members": 5, "rank": 90}, {"members": PASSES}, {"lr": lr}, learned)
+    network = {"members": 5, "rank": MEMBER_RANK}
+    return Method(what, "ensemble", network, {"members": passes}, {"lr": lr}, {"aggregate_share": 0.0})
 
 
-def objectives(what: str, gate: bool, lr: float = RATE) -> Method:
+def objectives(what: str, lr: float = RATE, passes: int = PASSES) -> Method:
     """One LoRA, as large as DMoERM, with a head for the preference and one for each capability.
 
     Args:
         what: In words.
-        gate: Whether a gate that reads the prompt weighs the heads.
         lr: Learning rate.
+        passes: How often it sees each pair.
     """
-    network = {"capabilities": ALL_CAPABILITIES, "rank": EQUAL_RANK, "gate": gate}
-    epochs = {"objectives": PASSES} | ({"gate": 2} if gate else {})
-    return Method(what, "objectives", network, epochs, {"lr": lr}, {"aggregate_share": 0.0})
+    network = {"capabilities": ALL_CAPABILITIES, "rank": EQUAL_RANK}
+    return Method(what, "objectives", network, {"objectives": passes}, {"lr": lr}, {"aggregate_share": 0.0})
+
+
+def gate(what: str, lr: float = RATE, passes: int = PASSES, last_lr: float = RATE) -> Method:
+    """The same with a gate that reads the prompt and weighs the heads, learned as DMoERM's aggregation is.
+
+    Args:
+        what: In words.
+        lr: Learning rate.
+        passes: How often its LoRA sees each pair.
+        last_lr: That of the gate.
+    """
+    plain = objectives(what, lr, passes)
+    epochs = {"objectives": passes, "gate": EPOCHS["aggregate"]}
+    rates = {"lr": lr, "phase_lr": {"gate": last_lr}}
+    return replace(
+        plain, network={**plain.network, "gate": True}, epochs=epochs, task=rates, data={"aggregate_share": SHARE}
+    )
 
 
 def flipped(method: Method, share: float) -> Method:
@@ -134,67 +162,95 @@ def flipped(method: Method, share: float) -> Method:
 
 def in_layers(what: str, layers: int) -> Method:
     """Capability LoRAs in so many last layers (0 is all), learned from few pairs, since every layer is slow."""
-    network = {"groups": ONE_GROUP, "capabilities": ["preference", "new_words"], "capability_layers": layers}
-    epochs = {"joint": 2, "capability": 1, "aggregate": 1}
-    data = {"aggregate_share": 0.0, "learn": 500}
-    return Method(what, "dmoerm", network, epochs, {"lr": RATE}, data, sampled=True, cached=layers == 1)
+    changes = {"groups": ONE_GROUP, "capabilities": ["preference", "new_words"], "capability_layers": layers}
+    method = dmoerm(what, {"router": 0, "task": 0, "aggregate": 2}, **changes)
+    return replace(method, data={**method.data, "learn": 1000}, sampled=True, cached=layers == 1)
 
 
 GOLD = "gold"
 METHODS: dict[str, Method] = {
     "dmoerm": dmoerm("DMoERM: six inner models, five capability experts each"),
     "no-capabilities": dmoerm(
-        "its task models alone", {"capability": 0, "aggregate": 0, "task": 2}, share=0.0, capabilities=None
+        "its task models alone", {"capability": 0, "aggregate": 0}, share=0.0, last_lr=RATE, capabilities=None
     ),
-    "one-expert": dmoerm("one expert per inner model, that of the preference", capabilities=["preference"]),
-    "score": dmoerm("it aggregates scores in place of last states", aggregate="score"),
+    "hidden": dmoerm(
+        "an MLP combines last states in place of scores", last_lr=1e-4, aggregate="hidden", aggregate_dim=64
+    ),
+    "mlp": dmoerm("an MLP combines its scores", last_lr=RATE, aggregate_dim=16),
     "random-start": dmoerm("its aggregation starts at random", aggregate_start="random"),
     "one-group": dmoerm(
-        "one inner model with all experts",
+        "one inner model with all experts, as large",
         {"router": 0},
         groups=ONE_GROUP,
         capabilities=["preference", *ALL_CAPABILITIES],
+        task_rank=96,
+        capability_rank=25,
     ),
-    "no-joint": dmoerm("its inner models learn from their own pairs alone", {"joint": 0, "task": 3}),
-    "single": single("one LoRA, of the rank that was best on validation", RANK),
+    "no-joint": dmoerm("its inner models learn from their own pairs alone", {"joint": 0, "task": 4}),
+    "single": single(f"one LoRA of rank {RANK}", RANK),
     "single-equal": single("one LoRA, as large as DMoERM", EQUAL_RANK),
-    "objectives": objectives("one LoRA, a head for the preference and one for each capability", gate=False),
-    "gate": objectives("the same, its heads weighed by a gate that reads the prompt", gate=True),
-    "ensemble": ensemble("five LoRAs"),
+    "objectives": objectives("one LoRA, as large, with a head for the preference and one for each capability"),
+    "gate": gate("the same, its heads weighed by a gate that reads the prompt"),
+    "ensemble": ensemble("five LoRAs, together as large"),
     "judge": Method("SmolLM2-135M asked for the better answer, in both orders", "judge", sampled=True),
     "layers-1": in_layers("capability LoRAs in the last layer", 1),
     "layers-2": in_layers("capability LoRAs in the last two layers", 2),
     "layers-all": in_layers("capability LoRAs in every layer", 0),
-    GOLD: ensemble("five LoRAs that learned from the pairs of validation and test", held_out=True),
 }
+# Of another kind than what it judges: three layers are adapted.
+METHODS[GOLD] = single(
+    "one LoRA in three layers that learned from the pairs of validation and test", RANK, held_out=True
+)
+METHODS[GOLD] = replace(METHODS[GOLD], network={**METHODS[GOLD].network, "task_layers": 3})
 FLIPS = (0.25, 0.4)
-ROBUST = ("dmoerm", "single", "ensemble", "objectives")
+ROBUST = ("dmoerm", "single", "ensemble")
 FLIPPED = tuple(f"{name}-flip{round(100 * share)}" for share in FLIPS for name in ROBUST)
 for name in FLIPPED:
     method, _, percent = name.partition("-flip")
     METHODS[name] = flipped(METHODS[method], int(percent) / 100)
 # What validation chooses from, by what it decides: the same rates for all, and what else each needs.
 RATES = (3e-4, 1e-3, 3e-3)
+# Rates, and a second setting of each method at the middle one: how often a pair is seen.
+GRID = [(lr, PASSES) for lr in RATES] + [(RATE, 2 * PASSES)]
 TRIALS: dict[str, dict[str, Method]] = {
-    "dmoerm": {
-        f"dmoerm.share{share:g}.lr{lr:g}": dmoerm(f"DMoERM, share {share:g}, rate {lr:g}", share=share, lr=lr)
-        for share in (0.0, 0.1, SHARE)
-        for lr in RATES
+    "dmoerm": {f"dmoerm.lr{lr:g}": dmoerm(f"DMoERM, rate {lr:g}", lr=lr) for lr in RATES}
+    | {f"dmoerm.task{task}": dmoerm(f"DMoERM, task {task} epochs", {"task": task}) for task in (1, 4)},
+    "single": {
+        f"single.lr{lr:g}.{passes}": single(f"one LoRA of rank {RANK}, rate {lr:g}, {passes} passes", RANK, lr, passes)
+        for lr, passes in GRID
     },
-    "single": {f"single.lr{lr:g}": single(f"one LoRA of rank {RANK}, rate {lr:g}", RANK, lr) for lr in (1e-4, *RATES)},
     "single-equal": {
-        f"single-equal.lr{lr:g}": single(f"one LoRA of rank {EQUAL_RANK}, rate {lr:g}", EQUAL_RANK, lr)
-        for lr in (1e-4, *RATES)
+        f"single-equal.lr{lr:g}.{passes}": single(
+            f"one LoRA of rank {EQUAL_RANK}, rate {lr:g}, {passes} passes", EQUAL_RANK, lr, passes
+        )
+        for lr, passes in GRID
     },
-    "ensemble": {f"ensemble.lr{lr:g}": ensemble(f"five LoRAs, rate {lr:g}", lr) for lr in RATES},
+    "ensemble": {
+        f"ensemble.lr{lr:g}.{passes}": ensemble(f"five LoRAs, rate {lr:g}, {passes} passes", lr, passes)
+        for lr, passes in GRID
+    },
     "objectives": {
-        f"objectives.lr{lr:g}": objectives(f"a head for each objective, rate {lr:g}", gate=False, lr=lr) for lr in RATES
+        f"objectives.lr{lr:g}.{passes}": objectives(
+            f"a head for each objective, rate {lr:g}, {passes} passes", lr, passes
+        )
+        for lr, passes in GRID
+    },
+    "gate": {f"gate.last{lr:g}": gate(f"a gate, its rate {lr:g}", last_lr=lr) for lr in RATES},
+    "hidden": {
+        f"hidden.last{lr:g}": dmoerm(
+            f"an MLP combines last states, its rate {lr:g}", last_lr=lr, aggregate="hidden", aggregate_dim=64
+        )
+        for lr in (3e-5, 1e-4)
+    },
+    "mlp": {
+        f"mlp.last{lr:g}": dmoerm(f"an MLP combines its scores, its rate {lr:g}", last_lr=lr, aggregate_dim=16)
+        for lr in (1e-3, 3e-3)
     },
 }
 for trials in TRIALS.values():
     METHODS |= trials
 
-# The table; the others run when they are named.
+# The table, over all seeds; the others run when they are named.
 MAIN = (
     "dmoerm",
     "single",
@@ -205,16 +261,13 @@ MAIN = (
     "judge",
     GOLD,
     "no-capabilities",
-    "one-expert",
-    "score",
-    "random-start",
     "one-group",
-    "no-joint",
     *FLIPPED,
-    "layers-1",
-    "layers-2",
-    "layers-all",
 )
+# What else it is made of, for one seed.
+PARTS = ("hidden", "mlp", "random-start", "no-joint", "layers-1", "layers-2", "layers-all")
+# What a mixture has to beat.
+BASELINES = ("single", "single-equal", "objectives", "gate", "ensemble")
 # What is compared with what, on the same pairs; names with a slash are other readings of a network.
 PAIRS = (
     ("dmoerm", "single"),
@@ -228,17 +281,15 @@ PAIRS = (
     ("dmoerm", "judge"),
     ("dmoerm", "dmoerm/oracle"),
     ("dmoerm", "no-capabilities"),
-    ("dmoerm", "one-expert"),
-    ("dmoerm", "score"),
-    ("dmoerm", "random-start"),
     ("dmoerm", "one-group"),
+    ("dmoerm", "hidden"),
+    ("dmoerm", "mlp"),
+    ("dmoerm", "random-start"),
     ("dmoerm", "no-joint"),
     ("dmoerm-flip25", "single-flip25"),
     ("dmoerm-flip40", "single-flip40"),
     ("dmoerm-flip25", "ensemble-flip25"),
     ("dmoerm-flip40", "ensemble-flip40"),
-    ("dmoerm-flip25", "objectives-flip25"),
-    ("dmoerm-flip40", "objectives-flip40"),
     ("layers-2", "layers-1"),
     ("layers-all", "layers-1"),
 )

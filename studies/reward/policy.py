@@ -63,28 +63,30 @@ def spoken(prompt: str) -> str:
 
 
 class Rater:
-    """A reward model of the study, or a pick that needs none, as a function of prompts and answers."""
+    """Reward models of the study, or a pick that needs none, as a function of prompts and answers."""
 
-    def __init__(self, options: argparse.Namespace, method: str, seed: int) -> None:
-        """Load its network.
+    def __init__(self, options: argparse.Namespace, method: str, seeds: Sequence[int]) -> None:
+        """Load the networks of a method; several are one reward, their mean.
 
         Raises:
-            DataNotFoundError: It has not been run.
+            DataNotFoundError: One has not been run.
         """
         self.method = method
-        self.random = np.random.default_rng(seed)
-        self.model: Backbone | None = None
+        self.random = np.random.default_rng(seeds[0])
+        self.models: list[Backbone] = []
         if method not in (RANDOM, LONGER):
-            self.model = load_network(options, Run(method, seed))
+            self.models = [load_network(options, Run(method, seed)) for seed in seeds]
             self.tokenizer = load_tokenizer(options.base)
 
     def __call__(self, prompt: str, answers: Sequence[str]) -> Array:
         """Rewards of answers to a prompt."""
         if self.method == RANDOM:
             return self.random.random(len(answers))
-        if self.model is None:
+        if self.method == LONGER:
             return np.array([len(answer) for answer in answers], dtype=np.float64)
-        return rate(self.model, self.tokenizer, [Candidate(prompt, answer) for answer in answers])
+        candidates = [Candidate(prompt, answer) for answer in answers]
+        found: Array = np.mean([rate(model, self.tokenizer, candidates) for model in self.models], axis=0)
+        return found
 
 
 # --- best of n -------------------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ def prompts_of(options: argparse.Namespace, part: str, count: int) -> list[str]:
 
 def rated(options: argparse.Namespace, method: str, answers: Mapping[str, Sequence[str]]) -> list[Array]:
     """Rewards `(seeds, N)` of each prompt's answers."""
-    raters = [Rater(options, method, seed) for seed in options.seeds]
+    raters = [Rater(options, method, [seed]) for seed in options.seeds]
     return [np.stack([rater(prompt, of) for rater in raters]) for prompt, of in answers.items()]
 
 
@@ -149,9 +151,16 @@ def curve_rows(name: str, curve: Curve) -> list[Row]:
 # --- a policy that learns from picks ---------------------------------------------------------------------------------
 
 
-def distil(options: argparse.Namespace, proxy: str, seed: int) -> Row:
-    """Rounds of best-of-n distillation by a proxy; after each, new answers to the held-out prompts."""
-    policy, rater, gold = Policy(options.policy), Rater(options, proxy, seed), Rater(options, GOLD, 0)
+def distil(options: argparse.Namespace, proxy: str, seed: int, first: dict[str, list[Answered]]) -> Row:
+    """Rounds of best-of-n distillation by a proxy; after each, new answers to the held-out prompts.
+
+    Args:
+        options: The command line.
+        proxy: What picks.
+        seed: Of what is drawn, and of the proxy.
+        first: What the policy answers before it is taught, which is the same for all proxies; filled in.
+    """
+    policy, rater, gold = Policy(options.policy), Rater(options, proxy, [seed]), Rater(options, GOLD, options.gold)
     asked = prompts_of(options, "train", options.teach_prompts)
     held_out = prompts_of(options, "test", options.prompts)
     torch.manual_seed(seed)
@@ -159,8 +168,11 @@ def distil(options: argparse.Namespace, proxy: str, seed: int) -> Row:
     for number in range(options.rounds):
         # Of what is drawn, so that no two draws are alike.
         start = (1 + seed * options.rounds + number) * 10_000
-        picks = [best(policy, rater, options, prompt, start + place) for place, prompt in enumerate(asked)]
-        loss = policy.teach(picks)
+        drawn = {} if number else first
+        for place, prompt in enumerate(asked):
+            if prompt not in drawn:
+                drawn[prompt] = policy.sample(spoken(prompt), options.picked_from, options.tokens, start + place)
+        loss = policy.teach([best(rater, prompt, of) for prompt, of in drawn.items()])
         given = {
             prompt: policy.sample(spoken(prompt), options.judged, options.tokens, start + 5_000 + place)
             for place, prompt in enumerate(held_out)
@@ -178,22 +190,22 @@ def distil(options: argparse.Namespace, proxy: str, seed: int) -> Row:
     return {"after": rounds}
 
 
-def best(policy: Policy, rater: Rater, options: argparse.Namespace, prompt: str, seed: int) -> Answered:
-    """The answer that a proxy picks of a few."""
-    drawn = policy.sample(spoken(prompt), options.picked_from, options.tokens, seed)
+def best(rater: Rater, prompt: str, drawn: Sequence[Answered]) -> Answered:
+    """The answer to a prompt that a proxy picks."""
     return drawn[int(rater(prompt, [one.answer for one in drawn]).argmax())]
 
 
 def distil_missing(options: argparse.Namespace) -> None:
     """Run every distillation without a row."""
     for seed in options.seeds:
-        for proxy in (*options.proxies, RANDOM):
+        first: dict[str, list[Answered]] = {}
+        for proxy in (*options.taught, RANDOM):
             path, about = distil_path(options, proxy, seed), describe(options, proxy, seed)
             if is_done(path, about):
                 continue
             print(f"{options.source}, distillation by {proxy}, seed {seed}", flush=True)
             start = time.perf_counter()
-            row = distil(options, proxy, seed)
+            row = distil(options, proxy, seed, first)
             write_whole(path, {**about, "seconds": round(time.perf_counter() - start, 1), **row})
 
 
@@ -204,14 +216,25 @@ def distil_path(options: argparse.Namespace, proxy: str, seed: int) -> Path:
 
 def describe(options: argparse.Namespace, proxy: str, seed: int) -> Row:
     """What a row is about; one about anything else is not that of the run."""
-    names = ("source", "base", "policy", "prompts", "tokens", "rounds", "teach_prompts", "picked_from", "judged")
+    names = (
+        "source",
+        "base",
+        "policy",
+        "gold",
+        "prompts",
+        "tokens",
+        "rounds",
+        "teach_prompts",
+        "picked_from",
+        "judged",
+    )
     return {name: getattr(options, name) for name in names} | {"proxy": proxy, "seed": seed}
 
 
 def distil_table(options: argparse.Namespace, before: Array, scale: float) -> list[Row]:
     """A line per proxy and round: how far the policy moved, and how much the gold reward rose, with its interval."""
     lines = []
-    for proxy in (*options.proxies, RANDOM):
+    for proxy in (*options.taught, RANDOM):
         paths = [(distil_path(options, proxy, seed), describe(options, proxy, seed)) for seed in options.seeds]
         rows = [json.loads(path.read_text()) for path, about in paths if is_done(path, about)]
         for number in range(options.rounds if rows else 0):
@@ -230,7 +253,7 @@ def distil_table(options: argparse.Namespace, before: Array, scale: float) -> li
 def write_tables(options: argparse.Namespace) -> None:
     """Print and write the tables, and draw the figure."""
     answers = draw_answers(options)
-    rater = Rater(options, GOLD, 0)
+    rater = Rater(options, GOLD, options.gold)
     raw = [rater(prompt, of) for prompt, of in answers.items()]
     # On a scale on which the answers to a prompt vary by 1.
     scale = float(np.mean([of.std() for of in raw]))
@@ -247,13 +270,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--proxies", nargs="+", metavar="METHOD", default=list(PROXIES), help="ours first")
+    parser.add_argument("--taught", nargs="+", metavar="METHOD", help="proxies that teach; the first two by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--gold", nargs="+", type=int, default=list(SEEDS), help="seeds of the gold reward, a mean")
     parser.add_argument("--source", default="preference", choices=["preference", "generated"])
     parser.add_argument("--base", default=MINILM, help="of the reward models")
     parser.add_argument("--policy", default=SMOLLM2, help="the causal model that answers")
-    parser.add_argument("--prompts", type=int, default=40, help="held-out prompts")
+    parser.add_argument("--prompts", type=int, default=120, help="held-out prompts")
     parser.add_argument("--answers", type=int, default=64, help="to each of them: the largest n")
-    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    parser.add_argument("--tokens", type=int, default=96, help="of an answer")
     parser.add_argument("--rounds", type=int, default=2, help="of distillation")
     parser.add_argument("--teach-prompts", type=int, default=40, help="training prompts of a round")
     parser.add_argument("--picked-from", type=int, default=8, help="answers to each of them")
@@ -262,7 +287,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--only", choices=["table"], help="teach nothing")
     options = parser.parse_args(arguments)
-    check_names(options.proxies, METHODS)
+    options.taught = options.taught or options.proxies[:2]
+    check_names([*options.proxies, *options.taught], METHODS)
     return options
 
 

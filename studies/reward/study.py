@@ -25,16 +25,18 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Subset
 
 from studies.options import add_release_options, read_options, study_parser
 from studies.release import save_released
-from studies.reward.methods import GOLD, MAIN, METHODS, PAIRS, SHOWN, TRIALS, Method
+from studies.reward.methods import BASELINES, GOLD, MAIN, METHODS, PAIRS, SHOWN, TRIALS, Method
 from studies.rows import Row, is_done, write_whole
 from tasks.reward.backbone import Backbone, Reading
 from tasks.reward.baselines import REDUCTIONS, LoraEnsemble, reduce_members
+from tasks.reward.capabilities import PREFERENCE_ITSELF, capability_preferences
 from tasks.reward.data import PairDataset, RewardDataModule, limit_pairs, number_prompts
-from tasks.reward.evaluate import PERCENT, Report, confusion_matrix, length_differences
-from tasks.reward.examples import Pair, split_by_prompt
+from tasks.reward.evaluate import PERCENT, POOLED, Report, confusion_matrix, length_differences
+from tasks.reward.examples import Pair, prompt_key, split_by_prompt
 from tasks.reward.judge import CausalJudge
 from tasks.reward.model import DMoERM
 from tasks.reward.plots import plot_consistency
@@ -52,6 +54,8 @@ VAL, TEST = "val", "test"
 # Share of the training pairs that settings are chosen by, beside the few of validation; and what draws them, another
 # seed than that of what is held back for the aggregation.
 VALIDATED, VALIDATION_SEED = 0.15, 7
+# What a released network says of what it was made with.
+TERMS = {"data_terms": "mixed, one of them states none", "weights_licence": "Apache-2.0"}
 # What the slow ones are scored on: drawn from the part, the same for all.
 SAMPLE = "sample"
 
@@ -181,9 +185,11 @@ def train(options: argparse.Namespace, one: Run, task: RewardTask, data: StudyDa
 
 @torch.no_grad()
 def fill(task: RewardTask, data: StudyData) -> None:
-    """Compute what the frozen layers make of the texts to learn from, unless an earlier run has."""
-    dataset = data.require("train_set")
-    for batch in data.loader(dataset):
+    """Compute what the frozen layers make of the texts to learn from, unless it is kept; like lengths together."""
+    dataset: PairDataset = data.require("train_set")  # type: ignore[assignment]
+    lengths = [max(len(dataset.texts[text].ids) for text in texts) for texts in dataset.text_of.T]
+    alike = Subset(dataset, np.argsort(lengths).tolist())
+    for batch in DataLoader(alike, batch_size=data.batch_size, collate_fn=dataset.collate):
         task.inputs(task.model, batch, dataset)
 
 
@@ -193,8 +199,9 @@ def checkpoint(options: argparse.Namespace, one: Run) -> Path:
 
 
 def sample(options: argparse.Namespace, pairs: Sequence[Pair]) -> list[int]:
-    """Positions of the pairs that what is slow is scored on."""
-    kept = {pair.id for pair in limit_pairs(pairs, options.sample)}
+    """Positions of the pairs that what is slow is scored on: one of each prompt, since those of one are much alike."""
+    different = {prompt_key(pair.prompt): pair for pair in pairs}
+    kept = {pair.id for pair in limit_pairs(list(different.values()), options.sample)}
     return [place for place, pair in enumerate(pairs) if pair.id in kept]
 
 
@@ -203,26 +210,64 @@ def sample(options: argparse.Namespace, pairs: Sequence[Pair]) -> list[int]:
 
 @torch.no_grad()
 def score(task: RewardTask, dataset: PairDataset, places: Sequence[int], batch_size: int = 32) -> Row:
-    """By how much the chosen answer's reward is higher in each pair, and where its prompt is sent."""
-    start = time.perf_counter()
+    """By how much the chosen answer's reward is higher in each pair; where prompts are sent, and what experts know."""
+    start, model = time.perf_counter(), task.model
     found: dict[str, list[float]] = {}
     routes: list[int] = []
+    experts = Experts()
     for begin in range(0, len(places), batch_size):
         batch = dataset.collate(list(places[begin : begin + batch_size]))
-        inputs = task.inputs(task.model, batch, dataset)
-        reading = task.model.read(inputs)
-        rewards = all_rewards(task.model, reading)
-        if task.model.reads_prompts and isinstance(task.model, DMoERM):
-            rewards[ORACLE] = task.model.read(inputs, oracle=True).reward
-            routes += reading.route[: len(batch)].tolist()
+        inputs = task.inputs(model, batch, dataset)
+        reading = model.read(inputs)
+        rewards = all_rewards(model, reading)
+        if isinstance(model, DMoERM):
+            own = reading
+            if model.reads_prompts:
+                routes += reading.route[: len(batch)].tolist()
+                own = model.read(inputs, oracle=True)
+                rewards[ORACLE] = own.reward
+            experts.add(model, [dataset.pairs[row] for row in batch.rows], own.scores)
         for name, of in rewards.items():
             found.setdefault(name, []).extend((of[: len(batch)] - of[len(batch) :]).tolist())
     row = {"differences": {name: line(of) for name, of in found.items()}, **about(dataset.pairs, places)}
     if routes:
-        row["groups"] = list(task.model.groups)
-        row["wanted"] = line([task.model.group_of.get(dataset.categories[place], -1) for place in places])
+        row["groups"] = list(model.groups)
+        row["wanted"] = line([model.group_of.get(dataset.categories[place], -1) for place in places])
         row["routes"] = line(routes)
-    return row | {"score_seconds": round(time.perf_counter() - start, 1)}
+    return row | experts.row() | {"score_seconds": round(time.perf_counter() - start, 1)}
+
+
+class Experts:
+    """How often capability experts are right: about their own capability, that of the preference about people."""
+
+    def __init__(self) -> None:
+        """Begin."""
+        self.right: dict[tuple[str, str], list[bool]] = {}
+
+    def add(self, model: DMoERM, pairs: Sequence[Pair], scores: torch.Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            model: Theirs.
+            pairs: P of them.
+            scores: `(2P, T)` of the inner models of their own categories.
+        """
+        differences = scores[: len(pairs)] - scores[len(pairs) :]
+        for pair, of in zip(pairs, differences, strict=True):
+            group = model.group_of.get(pair.category, 0)
+            names = model.names[group]
+            measured = [name for name in names if name != PREFERENCE_ITSELF]
+            wanted = dict(zip(measured, capability_preferences([pair], measured)[0].tolist(), strict=True))
+            for name, difference in zip(names, of.tolist(), strict=True):
+                if clear := wanted.get(name, 1):
+                    self.right.setdefault((list(model.groups)[group], name), []).append(difference * clear > 0)
+
+    def row(self) -> Row:
+        """In percent by inner model and capability; nothing without experts."""
+        found: dict[str, dict[str, float]] = {}
+        for (group, name), right in self.right.items():
+            found.setdefault(group, {})[name] = round(float(PERCENT * np.mean(right)), 2)
+        return {"experts": found} if found else {}
 
 
 def all_rewards(model: Backbone, reading: Reading) -> dict[str, torch.Tensor]:
@@ -433,6 +478,15 @@ def write_tables(options: argparse.Namespace) -> None:
             f"The same on {rows_of(small)} pairs", results[SAMPLE], ["method", *small.main_names(), "consistent"]
         )
     routed = {method: of[0] for method, of in rows.items() if "routes" in of[0]}
+    results["experts"] = {method: of[0]["experts"] for method, of in rows.items() if "experts" in of[0]}
+    for method, groups in results["experts"].items():
+        print_table(
+            f"Experts of {method}, seed {options.seeds[0]}: right about their own capability, percent",
+            [
+                {"inner model": group, "experts": ", ".join(f"{n} {v:.0f}" for n, v in of.items())}
+                for group, of in groups.items()
+            ],
+        )
     results["routes"] = {
         method: {"groups": row["groups"], "prompts": confusion(row).tolist()} for method, row in routed.items()
     }
@@ -477,8 +531,22 @@ def release(options: argparse.Namespace) -> Path:
         for key, value in report.metrics(name).items()  # type: ignore[union-attr]
     }
     recorded = hub.Result(rivals, "python -m studies.reward.study", options.commit)
-    card = replace(hub.info(folder).card, results=[recorded])
+    card = replace(hub.info(folder).card, results=[recorded], verdict=verdict(report, one.method), **TERMS)
     return save_released(load_network(options, one), folder, options.out, card)
+
+
+def verdict(report: Report | None, method: str) -> str:
+    """Whether a mixture paid: how far it is above the best baseline; nothing where none has been run."""
+    rivals = [name for name in BASELINES if report and name in report.scores and name != method]
+    if report is None or not rivals:
+        return ""
+    best = max(rivals, key=lambda name: float(report.values(name, POOLED).mean()))
+    found = report.difference(method, best, POOLED)
+    paid = "paid" if found.low > 0 else "did not pay"
+    return (
+        f"Against the best of {len(rivals)} baselines ({METHODS[best].what}), over {len(report.scores[method])} seeds "
+        f"the difference in consistency is {found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]: the mixture {paid}."
+    )
 
 
 def load_network(options: argparse.Namespace, one: Run) -> Backbone:

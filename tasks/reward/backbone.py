@@ -15,6 +15,8 @@ from tasks.reward.lora import AdaptedLinear, LoraExperts, attached
 from zoo.base_models import MINILM, AdaptedModel
 
 BERT, LLAMA = "encoder.layer", "layers"
+# Twice a rank of 16.
+ALPHA = 32.0
 
 
 @dataclass(slots=True)
@@ -126,18 +128,19 @@ class Backbone(AdaptedModel):
         setattr(self.encoder.get_submodule(parent), child, wrapped)
         return wrapped
 
-    def lora_experts(self, count: int, rank: int, alpha: float | None = None, layers: int | None = None) -> LoraExperts:
+    def lora_experts(self, count: int, rank: int, alpha: float = ALPHA, layers: int | None = None) -> LoraExperts:
         """New experts.
 
         Args:
             count: N.
             rank: Of each.
-            alpha: Scale of what they add, divided by the rank; None is twice the rank.
+            alpha: Scale of what they add, divided by the rank. With the same for all ranks a step of Adam moves a layer
+                equally far, so that one learning rate suits all.
             layers: In how many last layers, at most as many as are adapted; None is those.
         """
         first = self.first if layers is None else max(self.first, self.first_of(layers))
         adapted = {name: layer for name, layer in self.adapted.items() if int(name.partition("-")[0]) >= first}
-        return LoraExperts(count, adapted, first, self.dim, rank, 2.0 * rank if alpha is None else alpha)
+        return LoraExperts(count, adapted, first, self.dim, rank, alpha)
 
     # --- the base, in two halves ---------------------------------------------------------------------------------
 

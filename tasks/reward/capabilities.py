@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from tasks.reward.examples import Pair
 from zoo.errors import UnknownNameError
 
-# A capability that is no property of an answer: its expert learns what people prefer, as the task model does.
+# A capability that is no property of an answer, but what people prefer: its expert learns nothing and stays the task
+# model, so that what that says is combined with the others. A further pass over the same pairs made it no better.
 PREFERENCE_ITSELF = "preference"
 # Characters in which an answer declines, if it does.
 OPENING = 200

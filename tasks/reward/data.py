@@ -359,7 +359,7 @@ class RewardDataModule(ZooDataModule):
         A file's labels are for those to learn from; the others have none then.
 
         Args:
-            names: U capabilities; `preference` is what people prefer itself, known of pairs that are not held back.
+            names: U capabilities; `preference` has no labels, see `PREFERENCE_ITSELF`.
 
         Raises:
             UnknownNameError: There is no such capability.
@@ -375,9 +375,8 @@ class RewardDataModule(ZooDataModule):
             else:
                 known = read_labels(Path(self.labels), dataset.pairs, asked)
             columns = dict(zip(asked, known.T, strict=True))
-            # Experts are to be combined as they do on pairs that they have not seen.
-            people = np.where(dataset.held_back, 0, 1).astype(np.int8)
-            found = [columns.get(name, people) for name in names]
+            nothing = np.zeros(len(dataset), np.int8)
+            found = [columns.get(name, nothing) for name in names]
             dataset.preferences = np.stack(found, axis=1) if found else np.zeros((len(dataset), 0), np.int8)
 
     def train_dataloader(self) -> DataLoader[Any]:

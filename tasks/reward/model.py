@@ -63,7 +63,7 @@ class InnerModel(nn.Module):
     Attributes:
         task: LoRA and head of phase 1, one expert.
         mixture: The capability experts; their last states are concatenated. None without capabilities.
-        combine: Maps these, or the experts' scores, to the reward.
+        combine: Maps these, or the experts' scores, to the reward: an MLP, or a linear map.
     """
 
     def __init__(
@@ -79,7 +79,9 @@ class InnerModel(nn.Module):
             parts: Any = CapabilityExperts(finish, task, experts)
             self.mixture = MoELayer(DenseRouter(experts.count), parts, combine="concat")
             inputs = experts.count * (experts.head.shape[1] if aggregate == "hidden" else 1)
-            self.combine = nn.Sequential(nn.Linear(inputs, width), nn.PReLU(), nn.Linear(width, 1))
+            self.combine: nn.Module = nn.Linear(inputs, 1, bias=False)
+            if width:
+                self.combine = nn.Sequential(nn.Linear(inputs, width), nn.PReLU(), nn.Linear(width, 1))
 
     @property
     def experts(self) -> LoraExperts:
@@ -103,17 +105,20 @@ class InnerModel(nn.Module):
 
     @torch.no_grad()
     def start_from(self, experts: Sequence[int]) -> None:
-        """Let the MLP begin as the mean of some experts' scores, with the rest of its hidden units still unheard.
+        """Let the aggregation begin as the mean of some experts' scores; an MLP's other hidden units are not heard yet.
 
         PReLU of slope s makes a number of z and -z whose difference is (1 + s) z.
 
         Args:
             experts: Which.
         """
-        first, act, second = self.combine
         weights = torch.zeros_like(self.experts.head)
         weights[list(experts)] = 1 / len(experts)
         row = (weights * self.experts.head).flatten() if self.aggregate == "hidden" else weights[:, 0]
+        if isinstance(self.combine, nn.Linear):
+            self.combine.weight[0] = row
+            return
+        first, act, second = self.combine  # type: ignore[misc]
         first.weight[:2] = torch.stack([row, -row])
         first.bias[:2] = 0
         second.weight.zero_()
@@ -141,7 +146,7 @@ class DMoERM(Backbone):
       base is large enough to learn a category by itself);
     - `task`: each inner model's LoRA learns its own group's pairs (the paper's phase 1, there a copy of the base);
     - `capability`: T experts learn a capability each, on top of the frozen task model, their heads copies of its own;
-    - `aggregate`: the MLP learns the pairs, all experts frozen.
+    - `aggregate`: the MLP, or a linear map, learns the pairs, all experts frozen.
 
     With one group and no capabilities it is a single reward model with one LoRA: the twin.
     """
@@ -178,9 +183,9 @@ class DMoERM(Backbone):
                 all of them.
             capability_rank: Their rank.
             aggregate: Whether the MLP reads the experts' last states (the released code) or their scores.
-            aggregate_dim: Its hidden width, at least 2; the released code has D.
-            aggregate_start: How the MLP begins its phase: as the score of the expert of the capability `preference`,
-                or without one as the mean of all scores; or at random (the released code).
+            aggregate_dim: Its hidden width, at least 2; the released code has D. 0 is a linear map in place of an MLP.
+            aggregate_start: How it begins its phase: as the score of the expert of the capability `preference`, or
+                without one as the mean of all scores; or at random (the released code).
             router_dim: Hidden width of the router.
 
         Raises:
@@ -194,7 +199,7 @@ class DMoERM(Backbone):
             raise UnknownNameError("aggregate", aggregate, AGGREGATES)
         if aggregate_start not in STARTS:
             raise UnknownNameError("start of the aggregation", aggregate_start, STARTS)
-        require(aggregate_dim >= 2, "aggregate_dim", aggregate_dim, "must be at least 2")
+        require(aggregate_dim == 0 or aggregate_dim >= 2, "aggregate_dim", aggregate_dim, "must be 0 or at least 2")
         require(len(groups) >= 1, "groups", groups, "needs at least one inner model")
         layers = 0 if 0 in (task_layers, capability_layers) else max(task_layers, capability_layers)
         super().__init__(base, base_sha256, layers)

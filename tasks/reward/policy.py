@@ -119,7 +119,7 @@ class Policy:
         return (found * counted[:, 1:]).sum(1)
 
     def teach(
-        self, answers: Sequence[Answered], epochs: int = 2, lr: float = 2e-4, batch_size: int = 4, rank: int = 16
+        self, answers: Sequence[Answered], epochs: int = 4, lr: float = 1e-3, batch_size: int = 4, rank: int = 16
     ) -> float:
         """Learn to give these answers, by a LoRA in the projections of queries and values.
 

@@ -53,7 +53,7 @@ class RewardTask(MoETask):
         cache: str | None = None,
         lr: float = 1e-3,
         phase_lr: dict[str, float] | None = None,
-        weight_decay: float = 1e-2,
+        weight_decay: float = 0.0,
         warmup: float = 0.1,
     ) -> None:
         """Build the model.
@@ -223,6 +223,7 @@ class RewardTask(MoETask):
         if self.cache is None:
             return model.prefix(batch.input_ids, batch.mask, batch.type_ids)
         store = self.store(model, dataset, model.first)
+        # All of a batch or none: rounding depends on how many are computed at once.
         if not store.has(batch.texts):
             store.put(batch.texts, model.prefix(batch.input_ids, batch.mask, batch.type_ids))
         return store.get(batch.texts, batch.mask.shape[1]).to(batch.mask.device)

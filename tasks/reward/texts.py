@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,11 @@ ANSWER = "\n\nassistant: "
 # Share of what stays of a part that is cut which is its beginning: a prompt says what to do first or last, an answer
 # shows in its first words what it is, and in its last ones whether it came to an end.
 PROMPT_HEAD, ANSWER_HEAD = 0.25, 0.75
+# Stands for the end of lines where the tokenizer takes that for a space.
+LINE = "\u00b6"
+LINE_ENDS = re.compile(r"\s*\n\s*")
+# An answer's length as a number of two digits, which has a token of its own in most vocabularies: 9 for every doubling.
+PER_DOUBLING, LONGEST = 9, 99
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +58,10 @@ def encode_texts(
     max_length: int = 256,
     least_prompt: int = 32,
 ) -> list[Tokens]:
-    """Tokens of prompts with their answers, `[CLS] prompt [SEP] answer [SEP]`, cut to a length.
+    """Tokens of prompts with their answers, `[CLS] size prompt [SEP] answer [SEP]`, cut to a length.
 
-    The prompt is cut first, and only when `least_prompt` tokens are left of it the answer. Both lose their middle.
+    The prompt is cut first, and only when `least_prompt` tokens are left of it the answer. Both lose their middle. The
+    size is that of the whole answer, see `size_of`: a reader cannot tell it from what is left, nor well by attention.
 
     Args:
         prompts: One for each answer.
@@ -72,7 +80,9 @@ def encode_texts(
         before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         between = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
         after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    room = max_length - len(before) - len(between) - len(after)
+    # The longest size that there is.
+    most = len(tokenizer(str(LONGEST), add_special_tokens=False)["input_ids"])
+    room = max_length - len(before) - len(between) - len(after) - most
     if least_prompt < 0 or room <= least_prompt:
         raise ValueError(
             f"max_length={max_length} and least_prompt={least_prompt}: leave no room for an answer, or are negative."
@@ -84,7 +94,8 @@ def encode_texts(
         asked = whole_prompts[prompt]
         kept = without_middle(answer, room - min(len(asked), least_prompt), ANSWER_HEAD)
         left = without_middle(asked, room - len(kept), PROMPT_HEAD)
-        ids = [*before, *left, *between, *kept, *after]
+        size = tokenizer(size_of(len(answer)), add_special_tokens=False)["input_ids"]
+        ids = [*before, *size, *left, *between, *kept, *after]
         second = len(kept) + len(after) if encoder else 0
         types = [0] * (len(ids) - second) + [1] * second
         found.append(Tokens(ids, types, len(asked) - len(left), len(answer) - len(kept)))
@@ -113,6 +124,15 @@ def encode_prompts(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerFast",
     return found
 
 
+def size_of(count: int) -> str:
+    """How long an answer is, on a scale that rises by 9 when it doubles: 0 to 99.
+
+    Args:
+        count: Its tokens.
+    """
+    return str(min(LONGEST, round(PER_DOUBLING * math.log2(1 + count))))
+
+
 def without_middle(tokens: list[int], room: int, head: float) -> list[int]:
     """The beginning and the end of what does not fit.
 
@@ -131,11 +151,22 @@ def _pieces(texts: Sequence[str], tokenizer: "PreTrainedTokenizerFast") -> list[
     """Tokens of whole texts."""
     if not texts:
         return []
+    if is_blind_to_lines(tokenizer):
+        texts = [LINE_ENDS.sub(f" {LINE} ", text.strip()) for text in texts]
     # Not verbose: they are cut afterwards, whatever is said about their length.
     pieces: list[list[int]] = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
     return pieces
+
+
+def is_blind_to_lines(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether a tokenizer takes the end of a line, by which people see how a text is laid out, for a space.
+
+    It also has to know the mark that would stand for it.
+    """
+    joined, broken, mark = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a b", "a\nb", LINE))
+    return bool(joined == broken and mark and tokenizer.unk_token_id not in mark)
 
 
 def pad(tokens: Sequence[Tokens], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,21 @@ import pytest
 
 import zoo
 from studies.reward import policy, study
-from studies.reward.methods import CAPABILITIES, GROUPS, MAIN, METHODS, PAIRS, PROXIES, SHOWN, TRIALS
+from studies.reward.methods import (
+    BASELINES,
+    CAPABILITIES,
+    EQUAL_RANK,
+    FLIPPED,
+    GROUPS,
+    MAIN,
+    MEMBER_RANK,
+    METHODS,
+    PAIRS,
+    PARTS,
+    PROXIES,
+    SHOWN,
+    TRIALS,
+)
 from studies.reward.study import Run
 from tasks.reward.capabilities import CAPABILITIES as KNOWN
 from tasks.reward.capabilities import PREFERENCE_ITSELF
@@ -99,6 +113,7 @@ def test_each_run_has_one_row(folder):
     assert names == seeds | {"single.seed0.val.json"}
     first = row(folder, "dmoerm.seed0")
     assert set(first["differences"]) == {"", "oracle"} and first["groups"] == list(EACH)
+    assert set(first["experts"]) == set(EACH) and set(first["experts"]["synthetic_speed"]) == {"preference", "length"}
     assert set(row(folder, "ensemble.seed0")["differences"]) == {"", "worst", "uncertainty"}
     assert first["parameters_trained"] > row(folder, "single.seed0")["parameters_trained"] > 0
     assert (first["pairs"], row(folder, "judge.seed0")["pairs"], row(folder, "gold.seed0")["pairs"]) == (40, 10, 20)
@@ -176,7 +191,7 @@ def test_scores_are_those_of_the_saved_network(folder, arguments):
 
 def test_rows_tell_defaults_too(folder):
     found = row(folder, "dmoerm.seed0")["setting"]
-    assert found["network"]["aggregate_dim"] == 64 and found["data"]["max_length"] == 256 and found["task"]["lr"]
+    assert found["network"]["router_dim"] == 128 and found["data"]["max_length"] == 256 and found["task"]["lr"]
     assert "source" not in found["data"] and "seed" not in found["data"]
 
 
@@ -221,6 +236,7 @@ def test_methods_fit_each_other():
     readings = {"longer", "dmoerm/oracle", "ensemble/worst", "ensemble/uncertainty"}
     assert {name for pair in PAIRS for name in pair} | set(SHOWN) <= METHODS.keys() | readings
     assert set(MAIN) | set(PROXIES) <= METHODS.keys()
+    assert {"dmoerm", *PARTS, *BASELINES, *FLIPPED} <= METHODS.keys()
     for name, trials in TRIALS.items():
         assert trials.keys() <= METHODS.keys()
         assert WHOLE[name] in [replace(of, what=WHOLE[name].what) for of in trials.values()]
@@ -228,6 +244,15 @@ def test_methods_fit_each_other():
     assert CAPABILITIES.keys() == GROUPS.keys()
     flipped = METHODS["dmoerm-flip40"]
     assert {**flipped.data, "flip": 0.0} == {**METHODS["dmoerm"].data, "flip": 0.0} and flipped.data["flip"] == 0.4
+
+
+def test_baselines_of_equal_size_have_as_many_parameters():
+    """Of a base as wide as MiniLM: 384 and 1,536."""
+    per_rank = 4 * (384 + 384) + 2 * (384 + 1536)
+    experts = 6 * (16 + 5 * 8) * per_rank + 6 * 6 * 384 + 6 * 5
+    ours = experts + 384 * 128 + 128 + 6 * 128
+    for theirs in (EQUAL_RANK * per_rank + 384, 5 * (MEMBER_RANK * per_rank + 384), (96 + 10 * 25) * per_rank):
+        assert theirs == pytest.approx(ours, rel=0.01)
 
 
 # --- the policy ------------------------------------------------------------------------------------------------------
@@ -239,7 +264,7 @@ def words(bases, folder):
     counts = {"prompts": 3, "answers": 4, "tokens": 5, "rounds": 2, "teach-prompts": 3, "picked-from": 2, "judged": 2}
     options = [text for name, count in counts.items() for text in (f"--{name}", str(count))]
     options += ["--source", "generated", "--base", bases[0], "--policy", bases[1], "--folder", str(folder)]
-    return [*options, "--proxies", "dmoerm", "single", "--seeds", "0"]
+    return [*options, "--proxies", "dmoerm", "single", "--seeds", "0", "--gold", "0", "1"]
 
 
 def test_best_of_n_and_distillation(words, folder, monkeypatch):

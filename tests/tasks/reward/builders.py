@@ -14,18 +14,19 @@ from tests.helpers import bases
 GROUPS = {"ground": ["synthetic_travel", "synthetic_speed"], "kitchen": ["synthetic_cooking"]}
 EACH = {name: [name] for name in ("synthetic_travel", "synthetic_cooking", "synthetic_speed")}
 CAPABILITIES = ["length", "no_repetition"]
+SIZES = [str(size) for size in range(100)]
 
 
 def words_of(pairs: list[Pair]) -> list[str]:
-    """Texts to make a vocabulary from."""
-    return [text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)]
+    """Texts to make a vocabulary from: those of pairs, and the sizes that answers may have."""
+    return [text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)] + SIZES * 3
 
 
-def save_base(folder: Path) -> str:
+def save_base(folder: Path, width: int = 32) -> str:
     """A BERT with random weights and its tokenizer, as a folder that serves as a base."""
-    tokenizer = bases.word_pieces(words_of(generate_pairs(300)), 300)
+    tokenizer = bases.word_pieces(words_of(generate_pairs(300)), 500)
     # As large as this every part of the network matters.
-    return bases.save_bert(folder, tokenizer, 32, 3, 64, num_attention_heads=4, initializer_range=0.2)
+    return bases.save_bert(folder, tokenizer, width, 3, 64, num_attention_heads=4, initializer_range=0.2)
 
 
 def save_llama(folder: Path) -> str:
@@ -68,7 +69,7 @@ def inputs_of(model: Backbone, found: dict[str, torch.Tensor], groups: list[int]
 
 
 @torch.no_grad()
-def stir(model: Backbone, scale: float = 0.3) -> Any:
+def stir(model: Backbone, scale: float = 0.12) -> Any:
     """Give everything that is added to the base random values, so that all of it matters."""
     generator = torch.Generator().manual_seed(2)
     for phase in model.phases:

@@ -10,8 +10,19 @@ import torch
 from tasks.reward.capabilities import capability_preferences
 from tasks.reward.data import GENERATED_COUNTS, GroupSampler, RewardDataModule, limit_pairs, number_prompts
 from tasks.reward.examples import generate_pairs
-from tasks.reward.texts import PrefixStore, encode_prompts, encode_texts, fingerprint, pad, without_middle
-from tests.tasks.reward.builders import save_base, save_llama
+from tasks.reward.texts import (
+    LINE,
+    PrefixStore,
+    encode_prompts,
+    encode_texts,
+    fingerprint,
+    is_blind_to_lines,
+    pad,
+    size_of,
+    without_middle,
+)
+from tests.helpers.bases import word_pieces
+from tests.tasks.reward.builders import SIZES, save_base, save_llama
 from zoo.base_models import load_tokenizer
 from zoo.errors import DataNotFoundError, UnknownNameError
 
@@ -42,20 +53,37 @@ def test_the_prompt_is_cut_first_and_both_lose_their_middle(bases):
     tokenizer = load_tokenizer(bases["bert"])
     prompt, answer = "how do i travel to", "take the train then the bus"
     whole, tight, tighter = (
-        encode_texts([prompt], [answer], tokenizer, length, least)[0] for length, least in ((32, 2), (13, 2), (9, 2))
+        encode_texts([prompt], [answer], tokenizer, length, least)[0] for length, least in ((32, 2), (14, 2), (10, 2))
     )
-    assert words(tokenizer, whole.ids) == ["[CLS]", *prompt.split(), "[SEP]", *answer.split(), "[SEP]"]
-    assert whole.types == [0] * 7 + [1] * 7 and whole.cut_prompt == whole.cut_answer == 0
-    assert words(tokenizer, tight.ids) == ["[CLS]", "how", "i", "travel", "to", "[SEP]", *answer.split(), "[SEP]"]
+    # Six tokens: 9 * log2(7) = 25.3.
+    assert words(tokenizer, whole.ids) == ["[CLS]", "25", *prompt.split(), "[SEP]", *answer.split(), "[SEP]"]
+    assert whole.types == [0] * 8 + [1] * 7 and whole.cut_prompt == whole.cut_answer == 0
+    found = ["[CLS]", "25", "how", "i", "travel", "to", "[SEP]", *answer.split(), "[SEP]"]
+    assert words(tokenizer, tight.ids) == found
     assert (tight.cut_prompt, tight.cut_answer) == (1, 0)
     # Two tokens of the prompt stay, and only then is the answer cut.
-    found = ["[CLS]", "travel", "to", "[SEP]", "take", "the", "train", "bus", "[SEP]"]
-    assert words(tokenizer, tighter.ids) == found and tighter.types == [0] * 4 + [1] * 5
+    found = ["[CLS]", "25", "travel", "to", "[SEP]", "take", "the", "train", "bus", "[SEP]"]
+    assert words(tokenizer, tighter.ids) == found and tighter.types == [0] * 5 + [1] * 5
     assert (tighter.cut_prompt, tighter.cut_answer) == (3, 2)
     (alone,) = encode_prompts([prompt], tokenizer, 6)
     assert words(tokenizer, alone.ids) == ["[CLS]", "how", "i", "travel", "to", "[SEP]"]
     with pytest.raises(ValueError, match="no room"):
-        encode_texts([prompt], [answer], tokenizer, 8, 8)
+        encode_texts([prompt], [answer], tokenizer, 8, 4)
+
+
+def test_sizes_rise_with_the_length_and_end_at_two_digits():
+    sizes = [int(size_of(count)) for count in range(5000)]
+    assert sizes == sorted(sizes) and sizes[0] == 0 and sizes[-1] == 99
+    assert [sizes[2**power - 1] for power in range(12)] == [9 * power for power in range(12)]
+
+
+def test_a_tokenizer_that_drops_line_ends_reads_a_mark_for_them():
+    lines = ["first line", "second line"]
+    blind, unmarked = (word_pieces([*lines, *SIZES, *more]) for more in ([LINE], []))
+    assert is_blind_to_lines(blind) and not is_blind_to_lines(unmarked)
+    for tokenizer, mark in ((blind, [LINE]), (unmarked, [])):
+        (text,) = encode_texts(["first"], [" \n first line \n\n second line\n"], tokenizer)
+        assert words(tokenizer, text.ids)[4:-1] == [*lines[0].split(), *mark, *lines[1].split()]
 
 
 @pytest.mark.parametrize("room", [0, 1, 5, 9, 10, 20])
@@ -69,7 +97,9 @@ def test_a_causal_model_reads_prompt_and_answer_in_turn(bases):
     tokenizer = load_tokenizer(bases["llama"])
     (text,) = encode_texts(["how do i travel to"], ["take the train"], tokenizer, 32, 2)
     found = words(tokenizer, text.ids)
-    assert found[:6] == ["<s>", "how", "do", "i", "travel", "to"] and found[-4:] == ["take", "the", "train", "</s>"]
+    assert found[:7] == ["<s>", "18", "how", "do", "i", "travel", "to"]
+    assert found[-4:] == ["take", "the", "train", "</s>"]
+    assert not is_blind_to_lines(tokenizer) or LINE in tokenizer.get_vocab()
     assert set(text.types) == {0}
 
 
@@ -135,10 +165,8 @@ def test_labels_are_properties_what_people_prefer_or_those_of_a_file(bases, tmp_
     for dataset in (data.train_set, data.val_set):
         own = capability_preferences(dataset.pairs, ["length", "no_repetition"])
         assert np.array_equal(dataset.preferences[:, [0, 2]], own)
-        # The expert of the preference has not seen the pairs on which experts are combined.
-        assert (
-            np.array_equal(dataset.preferences[:, 1] == 1, ~dataset.held_back) and dataset.preferences[:, 1].min() >= 0
-        )
+        # The expert of the preference stays the task model.
+        assert not dataset.preferences[:, 1].any()
     assert data.train_set.held_back.any() and not data.val_set.held_back.any()
     assert data.train_set.collate([3]).preferences.dtype == torch.int8
     data.label([])

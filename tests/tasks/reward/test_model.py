@@ -109,9 +109,15 @@ def test_an_untrained_model_is_its_base_and_reads_prompts_as_it_does(bases, kind
     torch.testing.assert_close(inputs.prompts, normal, atol=1e-4, rtol=1e-4)
 
 
+def dmoerm_of(base, aggregate, linear, names=CAPABILITIES):
+    """One that combines by an MLP, or by a linear map."""
+    return DMoERM(GROUPS, list(names), base, aggregate=aggregate, aggregate_dim=0 if linear else 8)
+
+
+@pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("aggregate", ["hidden", "score"])
-def test_rewards_are_those_of_each_texts_own_inner_model(bases, aggregate):
-    model, found = stir(dmoerm(bases["bert"], aggregate=aggregate)).eval(), texts()
+def test_rewards_are_those_of_each_texts_own_inner_model(bases, aggregate, linear):
+    model, found = stir(dmoerm_of(bases["bert"], aggregate, linear)).eval(), texts()
     inputs = inputs_of(model, found, ROUTES)
     with torch.no_grad():
         # Half of the prompts to each.
@@ -126,9 +132,12 @@ def test_rewards_are_those_of_each_texts_own_inner_model(bases, aggregate):
                 inner = model.inner[group]
                 states = inner.states(inputs.hidden[number : number + 1], inputs.mask[number : number + 1])
                 scores = (states * inner.experts.head).sum(-1)
-                first, act, second = inner.combine
                 read = states.flatten(1) if aggregate == "hidden" else scores
-                expected = second(torch.nn.functional.prelu(first(read), act.weight))
+                if linear:
+                    expected = read @ inner.combine.weight.T
+                else:
+                    first, act, second = inner.combine
+                    expected = second(torch.nn.functional.prelu(first(read), act.weight))
                 torch.testing.assert_close(reading.reward[number], expected[0, 0], atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(reading.scores[number], scores[0], atol=1e-4, rtol=1e-4)
         # A text whose category is not known goes where the router sends it.
@@ -201,6 +210,21 @@ def test_phases_start_from_one_another(bases):
     assert not torch.equal(first.task.head, second.task.head)
 
 
+def test_a_step_moves_a_layer_equally_far_at_any_rank(bases):
+    """So that one learning rate suits all: Adam's first step moves every weight of B by the rate."""
+    moved = []
+    for rank in (2, 16):
+        torch.manual_seed(0)
+        model = dmoerm(bases["bert"], task_rank=rank)
+        stack = next(iter(model.inner[0].task.stacks.values()))
+        with torch.no_grad():
+            stack.lora_A.fill_(1.0)
+            stack.lora_B.fill_(1e-2)
+            added = stack(torch.zeros(1, 1, stack.lora_B.shape[1]), torch.ones(1, 1, stack.lora_A.shape[2]), 1)
+        moved.append(added)
+    torch.testing.assert_close(*moved)
+
+
 def test_experts_that_share_a_batch_learn_as_if_alone(bases):
     both, alone = (dmoerm(bases["bert"]) for _ in range(2))
     alone.load_state_dict(both.state_dict())
@@ -250,11 +274,12 @@ def test_groups_may_have_capabilities_of_their_own(bases):
         dmoerm(bases["bert"], task_layers=9)
 
 
+@pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("aggregate", ["hidden", "score"])
-def test_aggregation_starts_from_the_expert_of_the_preference_or_from_the_mean(bases, aggregate):
+def test_aggregation_starts_from_the_expert_of_the_preference_or_from_the_mean(bases, aggregate, linear):
     found = {}
     for names in (["length", "preference"], ["length", "no_repetition"]):
-        model = stir(DMoERM(GROUPS, names, bases["bert"], aggregate=aggregate, aggregate_dim=8)).eval()
+        model = stir(dmoerm_of(bases["bert"], aggregate, linear, names)).eval()
         model.begin("aggregate")
         inputs = inputs_of(model, texts(), ROUTES)
         with torch.no_grad():

@@ -125,7 +125,8 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(
     main([*command, *whole, "--ckpt_path", "last"])
     ours, theirs = (zoo.load(folder / "checkpoint").state_dict() for folder in (tmp_path, trained))
     for name, value in theirs.items():
-        assert torch.equal(value, ours[name]), name
+        # Kept states were computed in other batches, where sums round otherwise.
+        torch.testing.assert_close(value, ours[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
 def test_a_trained_model_goes_on_from_what_it_has(
@@ -135,7 +136,7 @@ def test_a_trained_model_goes_on_from_what_it_has(
     command += ["--data.file", str(own), f"--data.base={base}", *SMALL, "--out", str(tmp_path)]
     assert "'task' trains each of them" in sentence(capsys, *command, *epochs(joint=1))
     # At a rate of zero nothing moves, however a phase begins.
-    main([*command, *epochs(task=1, capability=1, aggregate=1), "--model.lr=0"])
+    main([*command, *epochs(task=1, capability=1, aggregate=1), "--model.lr=0", "--model.phase_lr={}"])
     before, after = (zoo.load(folder / "checkpoint").state_dict() for folder in (trained, tmp_path))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -187,11 +188,13 @@ def test_predict_ranks_answers(
 
 
 @pytest.mark.timeout(300)
-def test_the_planted_rule_is_learned_and_the_category_is_needed_for_it(base: str, tmp_path: Path) -> None:
+def test_the_planted_rule_is_learned_and_the_category_is_needed_for_it(tmp_path: Path) -> None:
     """In one category trains are better than planes, in another it is the other way round."""
+    # Its weights are random: with more of them every prompt is told from every other.
+    base = save_base(tmp_path / "base", width=64)
     data = [*generated(base, None), "--data.batch_size=16"]
-    counts = epochs(router=10, task=40, capability=1, aggregate=6)
-    model = network(base, groups=EACH, capabilities=["preference", "length"], task_layers=2, capability_layers=1)
+    counts = epochs(router=10, task=30, capability=1, aggregate=6)
+    model = network(base, groups=EACH, capabilities=["preference", "length"], task_layers=3, capability_layers=1)
     main(["fit", "-c", MAIN, *model, *counts, "--model.lr=5e-3", *data, "--out", str(tmp_path)])
     test = ["test", "-c", MAIN, "--model.network=null", f"--model.pretrained={tmp_path}/checkpoint"]
     metrics = main([*test, *data, "--model.cache=null", "--out", str(tmp_path)])
