@@ -6,6 +6,24 @@ import torch
 from torch import nn
 
 from zoo import hub
+from zoo.errors import DataNotFoundError
+
+
+def find_run(folder: Path, method: str, seed: int) -> Path:
+    """The checkpoint of a run.
+
+    Args:
+        folder: Where it has to be.
+        method: Of the run.
+        seed: Likewise.
+
+    Raises:
+        DataNotFoundError: The run has not been made on this machine.
+    """
+    if not (folder / "metadata.json").is_file():
+        hint = f"Run it: --methods {method} --seeds {seed}; delete its row in results/ if it has one."
+        raise DataNotFoundError(f"what {method} of seed {seed} has learned", [folder], hint)
+    return folder
 
 
 def save_released(model: nn.Module, run: Path, out: Path, card: hub.Card) -> Path:

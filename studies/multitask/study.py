@@ -26,7 +26,7 @@ import torch
 
 from studies.multitask.methods import HEADS, MAIN, METHODS, PAIRS, PRIMARY, RATES, SHOWN, Method
 from studies.options import add_release_options, read_options, study_parser
-from studies.release import save_released
+from studies.release import find_run, save_released
 from studies.rows import Row, is_done, write_whole
 from tasks.multitask.data import MultitaskDataModule
 from tasks.multitask.encode import TaskDataset
@@ -422,10 +422,7 @@ def write_tables(options: argparse.Namespace) -> None:
 def release(options: argparse.Namespace) -> Path:
     """One run as a checkpoint in half precision, whose metadata hold the results of all other methods."""
     (one,) = [run for run in runs_of(options, [options.release]) if run.seed == options.seed]
-    folder = checkpoint(options, one)
-    if not (folder / "metadata.json").is_file():
-        hint = f"Run it: --methods {one.method} --seeds {one.seed}; delete its row in results/ if it has one."
-        raise DataNotFoundError(f"the network of {one.name}", [folder], hint)
+    folder = find_run(checkpoint(options, one), one.method, one.seed)
     report = make_report(read_rows(options), TEST)
     rivals = {
         f"{method}/{key}": value

@@ -28,7 +28,7 @@ import torch
 
 from studies.options import add_release_options, read_options, study_parser
 from studies.qa.methods import MAIN, METHODS, PAIRS, SHOWN
-from studies.release import save_released
+from studies.release import find_run, save_released
 from studies.rows import Row, is_done, write_whole
 from tasks.qa.data import OOD_DOMAINS, QADataModule, WindowDataset
 from tasks.qa.decode import decode
@@ -167,14 +167,7 @@ def find_reader(options: argparse.Namespace, one: Run) -> Path:
         DataNotFoundError: It has not been run in this folder.
     """
     first = Run(METHODS[one.method].start or one.method, one.seed % FIRST_SEEDS)
-    folder = reader_folder(options, first)
-    if not (folder / "metadata.json").is_file():
-        raise DataNotFoundError(
-            f"the reader that {one.name} needs",
-            [folder],
-            f"Run it before: --methods {first.method} --seeds {first.seed}; delete its row in results/ if it has one.",
-        )
-    return folder
+    return find_run(reader_folder(options, first), first.method, first.seed)
 
 
 @torch.no_grad()
@@ -335,11 +328,10 @@ def write_tables(options: argparse.Namespace) -> None:
 def release(options: argparse.Namespace) -> Path:
     """The reader of one run as a checkpoint in half precision; its card tells of both stages and of all methods."""
     one = Run(options.release, options.seed)
-    folder = reader_folder(options, one)
+    folder = find_run(reader_folder(options, one), one.method, one.seed)
     report = make_report(options, TEST)
-    if report is None or not (folder / "metadata.json").is_file():
-        hint = f"Run it: --methods {one.method} --seeds {one.seed}; delete its row in results/ if it has one."
-        raise DataNotFoundError(f"the reader of {one.name} and its scores", [folder], hint)
+    if report is None:
+        raise DataNotFoundError("results", [options.folder / "results"], "Run the study before.")
     card = hub.info(folder).card
     if METHODS[one.method].start:
         first = hub.info(find_reader(options, one)).card

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Subset
 
 from studies.options import add_release_options, read_options, study_parser
-from studies.release import save_released
+from studies.release import find_run, save_released
 from studies.reward.methods import BASELINES, GOLD, MAIN, METHODS, PAIRS, SHOWN, TRIALS, Method
 from studies.rows import Row, is_done, write_whole
 from tasks.reward.backbone import Backbone, Reading
@@ -519,10 +519,7 @@ def rows_of(report: Report) -> int:
 def release(options: argparse.Namespace) -> Path:
     """One run as a checkpoint in half precision, whose metadata hold the results of all other methods."""
     one = Run(options.release, options.seed)
-    folder = checkpoint(options, one)
-    if not (folder / "metadata.json").is_file():
-        hint = f"Run it: --methods {one.method} --seeds {one.seed}; delete its row in results/ if it has one."
-        raise DataNotFoundError(f"the network of {one.name}", [folder], hint)
+    folder = find_run(checkpoint(options, one), one.method, one.seed)
     report = make_report(read_rows(options))
     rivals = {
         f"{name}/{key}": value
@@ -555,10 +552,7 @@ def load_network(options: argparse.Namespace, one: Run) -> Backbone:
     Raises:
         DataNotFoundError: It has not been run in this folder.
     """
-    folder = checkpoint(options, one)
-    if not (folder / "metadata.json").is_file():
-        hint = f"Run it: --methods {one.method} --seeds {one.seed}; delete its row in results/ if it has one."
-        raise DataNotFoundError(f"the network of {one.name}", [folder], hint)
+    folder = find_run(checkpoint(options, one), one.method, one.seed)
     return hub.load_as(folder, *MODELS.values())  # type: ignore[type-abstract]
 
 
