@@ -7,7 +7,7 @@
     python -m studies.multitask.study --release smora --seed 0 --commit COMMIT --out FOLDER    a run as a checkpoint
 
 Every (method, seed) is one JSON file in `results/`, every trial of a rate one in `trials/`; what has one is not run
-again.
+again. Rates are chosen by half of what is held out; the other half stands beside the test.
 """
 
 import argparse
@@ -24,13 +24,35 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from studies.multitask.methods import HEADS, MAIN, METHODS, PAIRS, PRIMARY, RATES, SHOWN, Method
+from studies.multitask.methods import (
+    HEADS,
+    MAIN,
+    MARGIN,
+    METHODS,
+    PAIRS,
+    PRIMARY,
+    RATES,
+    ROUTER_RATE,
+    SHOWN,
+    Method,
+    family_of,
+)
 from studies.options import add_release_options, read_options, study_parser
 from studies.release import find_run, save_released
 from studies.rows import Row, is_done, write_whole
-from tasks.multitask.data import MultitaskDataModule
+from tasks.multitask.data import SPLIT_SEED, MultitaskDataModule
 from tasks.multitask.encode import TaskDataset
-from tasks.multitask.evaluate import AVERAGE, AVERAGE_GLUE, MAJORITY, Labels, Report, ScoredTask, normalise_loads
+from tasks.multitask.evaluate import (
+    AVERAGE,
+    AVERAGE_GLUE,
+    GLUE,
+    MAJORITY,
+    Labels,
+    Report,
+    ScoredTask,
+    normalise_loads,
+)
+from tasks.multitask.examples import cap_tasks, hold_out
 from tasks.multitask.model import MultitaskModel
 from tasks.multitask.plots import plot_scores
 from tasks.multitask.task import Answers, MultitaskTask
@@ -45,8 +67,10 @@ FOLDER = Path(__file__).parent
 SEEDS = (0, 1, 2)
 # Of the trials, which no run of the table has.
 TRIAL_SEED = 100
-# What is scored: examples held out, and those that nothing is chosen by.
+# What is scored: examples that rates are chosen by, and those that nothing is.
 VAL, TEST = "val", "test"
+# Share of the training part that is not learned from: half of it for either. A run sees less than the rest once.
+HOLDOUT = 0.3
 # Plain LoRA of as many ranks as a mixture has in all.
 TWIN = "lora-r64"
 # What a released network says of what it was made with.
@@ -75,28 +99,29 @@ class Run(NamedTuple):
 def run(options: argparse.Namespace, one: Run) -> Row:
     """Train and score: a trial by what is held out, a run of the table by the test, too."""
     data = load_data(options.source, options.batch_size, options.score_limit)
+    part = VAL if one.trial else TEST
     data.seed = one.seed
     data.epoch_size = data.batch_size * (options.trial_steps if one.trial else options.steps)
     task = build(options, one)
     facts = train(options, one, task, data)
     task.model.eval()
-    parts = [VAL] if one.trial else [VAL, TEST]
-    return {**facts, **count_parameters(task.model), **{part: judge(task, data, part) for part in parts}}
+    return {**facts, **count_parameters(task.model), part: judge(task, data, part)}
 
 
 def build(options: argparse.Namespace, one: Run) -> MultitaskTask:
     """A new network, drawn by the run's seed."""
     pl.seed_everything(one.seed, verbose=False)
-    return MultitaskTask(network(options, METHODS[one.method]), **rates_of(options, one), **METHODS[one.method].task)
+    return MultitaskTask(network(options, METHODS[one.method]), **rates_of(options, one))
 
 
 def rates_of(options: argparse.Namespace, one: Run) -> dict[str, float]:
-    """Those of adapters and of heads.
+    """Those of adapters, heads and routers.
 
     Raises:
         DataNotFoundError: The rate of the heads has not been chosen.
     """
-    return {"lr": one.lr, "head_lr": one.lr if one.method == HEADS else chosen_rate(options, HEADS)}
+    heads = one.lr if one.method == HEADS else chosen_rate(options, HEADS)
+    return {"lr": one.lr, "head_lr": heads, "router_lr": min(one.lr, ROUTER_RATE)}
 
 
 def network(options: argparse.Namespace, method: Method) -> dict[str, Any]:
@@ -104,24 +129,38 @@ def network(options: argparse.Namespace, method: Method) -> dict[str, Any]:
     return {"base": options.base, "method": method.method, "adapter": dict(method.adapter) or None}
 
 
-def make_data(source: Literal["nlp_tasks", "generated"], batch_size: int, score_limit: int) -> MultitaskDataModule:
-    """The examples, not read yet."""
-    return MultitaskDataModule(source=source, sampling="temperature", batch_size=batch_size, score_cap=score_limit)
+def make_data(source: Literal["nlp_tasks", "generated"], batch_size: int) -> MultitaskDataModule:
+    """The examples, not read yet; tasks share rows, since options of the choice tasks would be most of what is read."""
+    return MultitaskDataModule(
+        source=source, holdout=HOLDOUT, sampling="temperature", share_rows=True, batch_size=batch_size
+    )
 
 
 @cache
 def load_data(source: Literal["nlp_tasks", "generated"], batch_size: int, score_limit: int) -> MultitaskDataModule:
-    """The same, read once for all runs."""
-    data = make_data(source, batch_size, score_limit)
+    """The same, read once for all runs.
+
+    Args:
+        source: Of `MultitaskDataModule`.
+        batch_size: Likewise.
+        score_limit: Test examples of a task; of those that decide all are scored, and more that were held out.
+    """
+    data = make_data(source, batch_size)
     data.setup("fit")
     data.setup("test")
+    deciding = [name for name in data.learned if name in GLUE] or list(data.learned)
+    held_out = [example for example in data.examples[VAL] if example.task in deciding]
+    tested, data.examples[VAL] = hold_out(held_out, 0.5, SPLIT_SEED)
+    whole = [example for example in data.examples[TEST] if example.task in GLUE]
+    others = [example for example in data.examples[TEST] if example.task not in GLUE]
+    data.examples[TEST] = [*whole, *tested, *cap_tasks(others, score_limit, SPLIT_SEED)]
     return data
 
 
-def describe_data(source: Literal["nlp_tasks", "generated"], batch_size: int, score_limit: int) -> Row:
+def describe_data(source: Literal["nlp_tasks", "generated"], batch_size: int) -> Row:
     """What a row has to say about the examples."""
-    arguments = make_data(source, batch_size, score_limit).hparams
-    return {name: arguments[name] for name in ("cap", "holdout", "sampling", "temperature", "max_length")}
+    arguments = make_data(source, batch_size).hparams
+    return {name: arguments[name] for name in ("cap", "holdout", "sampling", "temperature", "share_rows", "max_length")}
 
 
 def train(options: argparse.Namespace, one: Run, task: MultitaskTask, data: MultitaskDataModule) -> Row:
@@ -211,7 +250,7 @@ def result_path(options: argparse.Namespace, one: Run) -> Path:
 def describe(options: argparse.Namespace, one: Run) -> Row:
     """What a row is about; one about anything else is not that of the run."""
     names = ("source", "base", "batch_size", "score_limit", "trial_steps" if one.trial else "steps")
-    protocol = describe_data(options.source, options.batch_size, options.score_limit)
+    protocol = describe_data(options.source, options.batch_size)
     return {
         **{name: getattr(options, name) for name in names},
         **protocol,
@@ -249,16 +288,22 @@ def trials_of(method: str) -> list[Run]:
 
 
 def scores_of(options: argparse.Namespace, method: str) -> list[tuple[float, float]]:
-    """Each rate of a method with how good it was in validation; none where a trial is missing.
+    """Each rate of a method with how good its family was in validation; none where a trial of these is missing.
 
     Raises:
         ValueError: A trial is about another setting.
     """
-    trials = trials_of(method)
-    if not all(result_path(options, one).is_file() for one in trials):
+    family = [trials_of(name) for name in family_of(method)]
+    if not all(result_path(options, one).is_file() for trials in family for one in trials):
         return []
-    found = [make_report({method: [read(options, one)]}, VAL).metrics(method) for one in trials]
-    return [(one.lr, metrics[criterion(options)]) for one, metrics in zip(trials, found, strict=True)]
+    found = [[validated(options, one) for one in trials] for trials in family]
+    return [(rate, float(np.mean(of))) for rate, of in zip(RATES, zip(*found, strict=True), strict=True)]
+
+
+def validated(options: argparse.Namespace, one: Run) -> float:
+    """How good a trial was in validation."""
+    report = make_report({one.method: [read(options, one)]}, VAL)
+    return report.metrics(one.method)[criterion(options)]
 
 
 def criterion(options: argparse.Namespace) -> str:
@@ -267,16 +312,17 @@ def criterion(options: argparse.Namespace) -> str:
 
 
 def chosen_rate(options: argparse.Namespace, method: str) -> float:
-    """The rate that was best in validation.
+    """The lowest rate that is hardly worse in validation than the best.
 
     Raises:
         DataNotFoundError: Not all rates have been tried.
     """
     scores = scores_of(options, method)
     if not scores:
-        hint = f"Choose it: python -m studies.multitask.study --tune --methods {method}"
+        hint = f"Choose it: python -m studies.multitask.study --tune --methods {' '.join(family_of(method))}"
         raise DataNotFoundError(f"the learning rate of {method}", [result_path(options, trials_of(method)[0])], hint)
-    return max(scores, key=lambda found: found[1])[0]
+    best = max(score for _, score in scores)
+    return min(rate for rate, score in scores if score >= best - MARGIN)
 
 
 def tuned(options: argparse.Namespace) -> list[str]:
@@ -383,6 +429,9 @@ def differences(report: Report) -> list[Row]:
     ]
     key = AVERAGE_GLUE if AVERAGE_GLUE in report.metric_names() else AVERAGE
     decided = [line for line in lines if line["primary"] and line["metric"] == key]
+    if len(decided) < len(PRIMARY):
+        # Of a part of them it would promise too much.
+        return lines
     for line, value in zip(decided, holm([line["p_value"] for line in decided]), strict=True):
         line["holm"] = value
     return lines
@@ -453,10 +502,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = study_parser(__doc__, FOLDER, METHODS, ["nlp_tasks", "generated"], SEEDS, MAIN)
     add_release_options(parser)
     parser.add_argument("--base", default=MINILM, help="the encoder")
-    parser.add_argument("--steps", type=int, default=800, help="of a run")
-    parser.add_argument("--trial-steps", type=int, default=250, help="of a trial")
+    parser.add_argument("--steps", type=int, default=1000, help="of a run")
+    parser.add_argument("--trial-steps", type=int, default=400, help="of a trial")
     parser.add_argument("--batch-size", type=int, default=16, help="examples of a step")
-    parser.add_argument("--score-limit", type=int, default=840, help="examples of a task that are scored")
+    parser.add_argument("--score-limit", type=int, default=400, help="test examples of a task that decides nothing")
     parser.add_argument("--tune", action="store_true", help="choose learning rates on validation, test nothing")
     options = read_options(parser, arguments, METHODS)
     if options.release:

@@ -81,6 +81,7 @@ class MultitaskDataModule(ZooDataModule):
         score_cap: int | None = None,
         sampling: Literal["proportional", "temperature", "uniform"] = "proportional",
         temperature: float = 2.0,
+        share_rows: bool = False,
         epoch_size: int | None = None,
         max_length: int = 128,
         task: str | None = None,
@@ -110,6 +111,7 @@ class MultitaskDataModule(ZooDataModule):
             score_cap: At most so many of a task in validation, and as many in the test; None scores all.
             sampling: How often each task is learned from, see `task_probabilities`.
             temperature: For `sampling: temperature`.
+            share_rows: Whether tasks share rows in this way, and not examples: one with four options takes four rows.
             epoch_size: Examples of an epoch; as many as there are if left out.
             max_length: Tokens of a row.
             task: Of the text to predict; if left out, the model's only one.
@@ -140,6 +142,7 @@ class MultitaskDataModule(ZooDataModule):
         self.score_cap = score_cap
         self.sampling = sampling
         self.temperature = temperature
+        self.share_rows = share_rows
         self.epoch_size = epoch_size
         self.max_length = max_length
         self.task = task
@@ -301,7 +304,8 @@ class MultitaskDataModule(ZooDataModule):
         sampler: Any = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
         if shuffle:
             tasks = [example.task for example in encoded.examples]
-            shares = task_probabilities(list(Counter(tasks).values()), self.sampling, self.temperature)
+            rows = list(encoded.mean_rows().values()) if self.share_rows else None
+            shares = task_probabilities(list(Counter(tasks).values()), self.sampling, self.temperature, rows)
             size = self.epoch_size or len(tasks)
             sampler = TaskSampler(tasks, shares, size, costs, self.batch_size, self.seed)
         return LateLoader(
@@ -322,7 +326,8 @@ class MultitaskDataModule(ZooDataModule):
         counts, held = (Counter(example.task for example in self.examples[part]) for part in ("train", "val"))
         synthetic = " (synthetic)" if self.source == "generated" else ""
         named = ", ".join(f"{task} {count}" for task, count in counts.items())
-        how = f"{self.sampling} sampling" + (f" (T = {self.temperature})" if self.sampling == "temperature" else "")
+        of = " of rows" if self.share_rows else ""
+        how = f"{self.sampling} sampling{of}" + (f" (T = {self.temperature})" if self.sampling == "temperature" else "")
         return (
             f"{counts.total()} examples of {self.source}{synthetic}, up to {self.max_length} tokens: {named}; {how}"
             f"; settings chosen on {held.total()} others"

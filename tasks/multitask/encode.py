@@ -141,6 +141,13 @@ class TaskDataset(Dataset[int]):
         """Tokens of each example's longest row."""
         return [max(len(row.ids) for row in example.rows) for example in self.encoded]
 
+    def mean_rows(self) -> dict[str, float]:
+        """How many rows an example of each task takes, in the order in which tasks first appear."""
+        counts: dict[str, list[int]] = {}
+        for example, encoded in zip(self.examples, self.encoded, strict=True):
+            counts.setdefault(example.task, []).append(len(encoded.rows))
+        return {task: sum(of) / len(of) for task, of in counts.items()}
+
     @property
     def tokens(self) -> int:
         """Tokens of all rows."""

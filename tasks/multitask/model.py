@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tasks.multitask.encode import Form
 from tasks.multitask.examples import Tasks
-from zoo.base_models import MINILM, AdaptedModel, Freezing, load_causal
+from zoo.base_models import MINILM, AdaptedModel, Freezing, load_causal, without_dropout
 from zoo.errors import UnknownNameError
 from zoo.moe import Handles, RoutingOutput, observe_model, routed_modules
 
@@ -62,7 +62,7 @@ class MultitaskModel(AdaptedModel):
                 alone.
             pooling: What a head reads of an encoder: the `mean` over tokens, or the `first`, [CLS].
             dropout: Probability with which what a head reads is dropped.
-            freeze: What of the base is not trained.
+            freeze: What of the base is not trained; without dropout if all of it is.
             borrowed: What of the base is as it came; see `AdaptedModel`.
 
         Raises:
@@ -80,6 +80,8 @@ class MultitaskModel(AdaptedModel):
         self.head = head
         self.pooling = pooling
         self.transformer = self.load_base()
+        if freeze == "base":
+            without_dropout(self.transformer)
         of_the_base = self.transformer.state_dict(keep_vars=True)
         if method != "none":
             add_adapter(self.transformer, method, adapter or {})

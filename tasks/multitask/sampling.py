@@ -13,13 +13,17 @@ SAMPLINGS = ("proportional", "temperature", "uniform")
 POOL = 16
 
 
-def task_probabilities(counts: Sequence[int], sampling: str, temperature: float = 2.0) -> NDArray[np.float64]:
+def task_probabilities(
+    counts: Sequence[int], sampling: str, temperature: float = 2.0, rows: Sequence[float] | None = None
+) -> NDArray[np.float64]:
     """Probability of each task: its number of examples to the power 1 / T, normalised (mBERT, T5).
 
     Args:
         counts: Examples of each task.
         sampling: `proportional` is T = 1, `uniform` is T = infinity, `temperature` any between.
         temperature: T.
+        rows: How many rows an example of each task takes. These are then drawn with that probability, and examples the
+            more seldom the more of them they take.
 
     Returns:
         `(tasks,)`, summing to 1.
@@ -34,6 +38,8 @@ def task_probabilities(counts: Sequence[int], sampling: str, temperature: float 
         raise ValueError(f"temperature={temperature}: must be at least 1, which is proportional.")
     power = {"proportional": 1.0, "temperature": 1 / temperature, "uniform": 0.0}[sampling]
     weights = np.asarray(counts, dtype=np.float64) ** power
+    if rows is not None:
+        weights = weights / np.asarray(rows, dtype=np.float64)
     return weights / weights.sum()
 
 

@@ -91,6 +91,7 @@ class MultitaskTask(MoETask):
         new_tokens: int = 16,
         lr: float = 1e-3,
         head_lr: float | None = None,
+        router_lr: float | None = None,
         weight_decay: float = 0.0,
         warmup: float = 0.1,
     ) -> None:
@@ -104,6 +105,8 @@ class MultitaskTask(MoETask):
             new_tokens: Longest answer in free text.
             lr: Peak learning rate of AdamW.
             head_lr: That of the heads, `lr` if left out.
+            router_lr: That of the adapters' routers, `lr` if left out. At rates that LoRA takes, a single step of Adam
+                turns a router's decisions over.
             weight_decay: Its weight decay.
             warmup: Share of all steps in which the rate rises.
 
@@ -117,6 +120,7 @@ class MultitaskTask(MoETask):
         self.bias_rate = bias_rate
         self.new_tokens = new_tokens
         self.head_lr = head_lr
+        self.router_lr = router_lr
         # Of a validation, test or prediction.
         self.answers: Answers | None = None
         super().__init__(lr, weight_decay, warmup)
@@ -136,12 +140,16 @@ class MultitaskTask(MoETask):
         return [BiasBalancing(self.bias_rate)] if biased else []
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Heads, which are new to the base in another way than adapters are, and all else that is trained."""
-        heads = set(self.model.heads.parameters())
-        rest = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in heads]
+        """Heads, which are new to the base in another way than adapters are; routers; and all else that is trained."""
+        routers = [parameter for of in routed_modules(self.model).values() for parameter in of.router.parameters()]
+        own: list[tuple[list[nn.Parameter], float | None]] = [
+            ([*self.model.heads.parameters()], self.head_lr),
+            (routers, self.router_lr),
+        ]
+        known = {parameter for parameters, _ in own for parameter in parameters}
+        rest = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in known]
         groups = [
-            {"params": [*self.model.heads.parameters()], "lr": self.lr if self.head_lr is None else self.head_lr},
-            {"params": rest},
+            {"params": parameters, "lr": self.lr if rate is None else rate} for parameters, rate in [*own, (rest, None)]
         ]
         return [group for group in groups if group["params"]]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.reward.lora import AdaptedLinear, LoraExperts, attached
-from zoo.base_models import MINILM, AdaptedModel
+from zoo.base_models import MINILM, AdaptedModel, without_dropout
 
 BERT, LLAMA = "encoder.layer", "layers"
 # Twice a rank of 16.
@@ -333,16 +333,6 @@ class Backbone(AdaptedModel):
         """Parameters that any phase trains."""
         found = {id(p): p.numel() for phase in self.phases for p in self.phase_parameters(phase)}
         return sum(found.values())
-
-
-def without_dropout(encoder: nn.Module) -> Any:
-    """A base whose states are the same in every epoch: what is frozen has nothing to be kept from learning by heart."""
-    for module in encoder.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    return encoder
 
 
 def linear_paths(layer: nn.Module) -> list[str]:

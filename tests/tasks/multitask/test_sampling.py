@@ -18,6 +18,11 @@ def test_probabilities():
     np.testing.assert_allclose(
         task_probabilities(COUNTS, "temperature", 1), task_probabilities(COUNTS, "proportional"), rtol=1e-12
     )
+    of_rows = task_probabilities(COUNTS, "temperature", 2, [1, 4, 2])
+    np.testing.assert_allclose(of_rows, np.array([20, 10 / 4, 5 / 2]) / 25, rtol=1e-12)
+    # Rows are then shared as examples were.
+    rows = of_rows * [1, 4, 2]
+    np.testing.assert_allclose(rows / rows.sum(), task_probabilities(COUNTS, "temperature", 2), rtol=1e-12)
     with pytest.raises(UnknownNameError, match="Unknown sampling 'even'"):
         task_probabilities(COUNTS, "even")
     with pytest.raises(ValueError, match=r"temperature=0\.5"):

@@ -15,7 +15,9 @@ from sklearn.metrics import accuracy_score
 
 import zoo
 from tasks.multitask.data import MultitaskDataModule
+from tasks.multitask.model import MultitaskModel
 from tasks.multitask.task import MultitaskTask, plain, recorded_rivals, shares_in_words, shortened
+from tests.helpers.bases import save_bert, word_pieces
 from zoo import hub
 from zoo.cli import main
 from zoo.errors import UnknownNameError
@@ -41,6 +43,7 @@ def trained(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a checkpoint that has learned the generated tasks."""
     folder = tmp_path_factory.mktemp("trained")
     options = ["--model.lr=1e-2", "--data.cap=null", "--data.score_cap=null", "--data.batch_size=64"]
+    options += ["--data.share_rows=false"]
     adapter = network(base=encoder, adapter={"r": 16, "top_k": 4})
     main(["fit", "-c", SMORA, *adapter, *generated(80 * 64), *options, "--out", str(folder)])
     return folder
@@ -196,17 +199,32 @@ def test_biases_move_once_per_optimiser_step(encoder: str, tmp_path: Path) -> No
         assert bool(step.any()) == (expected > 0)
 
 
-def test_heads_may_have_a_rate_of_their_own(encoder: str) -> None:
+def test_heads_and_routers_may_have_rates_of_their_own(encoder: str) -> None:
     adapter = {"r": 4, "top_k": 2}
-    task = MultitaskTask({"base": encoder, "adapter": adapter}, lr=1e-3, head_lr=1e-2)
+    task = MultitaskTask({"base": encoder, "adapter": adapter}, lr=1e-3, head_lr=1e-2, router_lr=1e-4)
     task.model.add_tasks({"mood": ("bad", "good")})
-    heads, rest = task.parameter_groups()
-    assert heads["lr"] == 1e-2 and "lr" not in rest
-    assert {id(of) for of in heads["params"]} == {id(of) for of in task.model.heads.parameters()}
-    trained = {id(of) for of in task.model.parameters() if of.requires_grad}
-    assert {id(of) for of in [*heads["params"], *rest["params"]]} == trained and rest["params"]
-    task.head_lr = None
-    assert task.parameter_groups()[0]["lr"] == 1e-3
+    groups = task.parameter_groups()
+    assert [group["lr"] for group in groups] == [1e-2, 1e-4, 1e-3]
+    names = {id(of): name for name, of in task.model.named_parameters() if of.requires_grad}
+    heads, routers, rest = ([names.pop(id(of)) for of in group["params"]] for group in groups)
+    assert not names, "each is in one group"
+    assert all(name.startswith("heads.") for name in heads)
+    assert routers and all(".router." in name for name in routers)
+    assert rest and all("lora_" in name for name in rest)
+    task.head_lr = task.router_lr = None
+    assert {group["lr"] for group in task.parameter_groups()} == {1e-3}
+    plain = MultitaskTask({"base": encoder, "method": "lora", "adapter": {"r": 4}})
+    assert len(plain.parameter_groups()) == 1
+
+
+def test_a_frozen_base_reads_alike_in_every_step(tmp_path: Path) -> None:
+    # It comes with dropout.
+    encoder = save_bert(tmp_path / "base", word_pieces(["some words"]), 32, 1, 32, num_attention_heads=4)
+    ids = torch.randint(5, 60, (3, 9))
+    for freeze, alike in (("base", True), ("nothing", False)):
+        model = MultitaskModel(base=encoder, method="none", freeze=freeze).train()
+        first, second = (model.pooled(ids, torch.ones_like(ids), torch.zeros_like(ids)) for _ in range(2))
+        assert torch.equal(first, second) == alike
 
 
 def test_balance_losses_are_collected(encoder: str, tmp_path: Path) -> None:
