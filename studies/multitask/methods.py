@@ -33,7 +33,7 @@ def lora(r: int) -> Method:
 
 
 def mola(what: str, experts: int | list[int], top_k: int | None, family: str = "", **changes: Any) -> Method:
-    """LoRA experts of rank 8; gates sum to 1, as does the weight of the balance loss over a layer in the paper."""
+    """LoRA experts of rank 8; the weight of the balance loss is the paper's 0.001 a layer, of which there are six."""
     arguments = {"r": 8, "alpha": ALPHA, "experts": experts, "top_k": top_k, "aux_losses": {"load_balancing": 0.006}}
     return Method(what, "mola", {**arguments, **changes}, family)
 
@@ -107,16 +107,20 @@ PAIRS = (
 )
 # What the figure shows.
 SHOWN = ("lora-r8", "lora-r64", "moe-top1", "moe-top2", "mola-even", "smora")
-# Rates of adapters that every method tries; that of the heads is the best of the same for `heads`, for all methods, and
-# routers have at most theirs: a step of Adam at a rate of 1e-2 turns most of their decisions over.
+# Rates of adapters that every method tries; that of the heads is chosen of the same for `heads`, for all methods.
 RATES = (5e-4, 1.5e-3, 4e-3, 1.2e-2)
 HEADS = "heads"
+# Of all routers: at the rates of adapters a step of Adam moves their logits by as much as these differ.
 ROUTER_RATE = 3e-4
-# A rate has to be so many points above a lower one to be preferred: short runs flatter high rates.
+# The lowest rate within so many points of the best is taken: short runs flatter high rates.
 MARGIN = 0.5
 
 
 def family_of(method: str) -> list[str]:
-    """Methods that share a learning rate with one, itself among them."""
+    """Methods that share a learning rate with one, itself among them.
+
+    Args:
+        method: Its name.
+    """
     own = METHODS[method].family
     return [name for name in METHODS if name == method or (own and METHODS[name].family == own)]

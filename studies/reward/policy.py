@@ -66,7 +66,12 @@ class Rater:
     """Reward models of the study, or a pick that needs none, as a function of prompts and answers."""
 
     def __init__(self, options: argparse.Namespace, method: str, seeds: Sequence[int]) -> None:
-        """Load the networks of a method; several are one reward, their mean.
+        """Load the networks of a method.
+
+        Args:
+            options: The command line.
+            method: What they are.
+            seeds: Of which runs; several are one reward, their mean.
 
         Raises:
             DataNotFoundError: One has not been run.
@@ -172,7 +177,8 @@ def distil(options: argparse.Namespace, proxy: str, seed: int, first: dict[str, 
         for place, prompt in enumerate(asked):
             if prompt not in drawn:
                 drawn[prompt] = policy.sample(spoken(prompt), options.picked_from, options.tokens, start + place)
-        loss = policy.teach([best(rater, prompt, of) for prompt, of in drawn.items()])
+        lessons = [best(rater, prompt, of) for prompt, of in drawn.items()]
+        loss = policy.teach(lessons, options.teach_epochs, options.teach_lr)
         given = {
             prompt: policy.sample(spoken(prompt), options.judged, options.tokens, start + 5_000 + place)
             for place, prompt in enumerate(held_out)
@@ -225,6 +231,8 @@ def describe(options: argparse.Namespace, proxy: str, seed: int) -> Row:
         "tokens",
         "rounds",
         "teach_prompts",
+        "teach_epochs",
+        "teach_lr",
         "picked_from",
         "judged",
     )
@@ -281,6 +289,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=96, help="of an answer")
     parser.add_argument("--rounds", type=int, default=2, help="of distillation")
     parser.add_argument("--teach-prompts", type=int, default=40, help="training prompts of a round")
+    parser.add_argument("--teach-epochs", type=int, default=4, help="of a round")
+    parser.add_argument("--teach-lr", type=float, default=1e-3, help="of a round")
     parser.add_argument("--picked-from", type=int, default=8, help="answers to each of them")
     parser.add_argument("--judged", type=int, default=4, help="answers to each held-out prompt after a round")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where results/ and runs/ are")

@@ -38,7 +38,7 @@ from tasks.reward.data import PairDataset, RewardDataModule, limit_pairs, number
 from tasks.reward.evaluate import PERCENT, POOLED, Report, confusion_matrix, length_differences
 from tasks.reward.examples import Pair, prompt_key, split_by_prompt
 from tasks.reward.judge import CausalJudge
-from tasks.reward.model import DMoERM
+from tasks.reward.model import DMoERM, InnerModel
 from tasks.reward.plots import plot_consistency
 from tasks.reward.task import LONGER, MODELS, ORACLE, RewardTask, goals_of
 from zoo import hub
@@ -173,14 +173,22 @@ def train(options: argparse.Namespace, one: Run, task: RewardTask, data: StudyDa
     task.model.eval()
     # One group needs no router, which is there nevertheless.
     parameters = {id(p): p.numel() for phase in task.plan for p in task.model.phase_parameters(phase)}
+    inner = task.model.inner if isinstance(task.model, DMoERM) else []
     return {
         "prefix_seconds": round(filled, 1),
         "train_seconds": round(timer.time_elapsed("train"), 1),
         "steps": trainer.global_step,
-        "parameters_trained": sum(parameters.values()),
+        # The expert of the preference learns nothing.
+        "parameters_trained": sum(parameters.values()) - sum(count_idle(model) for model in inner),
         # Of the process until now, the runs before this one included.
         "process_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
+
+
+def count_idle(model: InnerModel) -> int:
+    """Parameters of the expert of the preference."""
+    own = len(model.own) * sum(parameter.numel() for parameter in model.experts.parameters())
+    return own // model.experts.count
 
 
 @torch.no_grad()
@@ -211,14 +219,16 @@ def sample(options: argparse.Namespace, pairs: Sequence[Pair]) -> list[int]:
 @torch.no_grad()
 def score(task: RewardTask, dataset: PairDataset, places: Sequence[int], batch_size: int = 32) -> Row:
     """By how much the chosen answer's reward is higher in each pair; where prompts are sent, and what experts know."""
-    start, model = time.perf_counter(), task.model
+    seconds, model = 0.0, task.model
     found: dict[str, list[float]] = {}
     routes: list[int] = []
     experts = Experts()
     for begin in range(0, len(places), batch_size):
         batch = dataset.collate(list(places[begin : begin + batch_size]))
         inputs = task.inputs(model, batch, dataset)
+        start = time.perf_counter()
         reading = model.read(inputs)
+        seconds += time.perf_counter() - start
         rewards = all_rewards(model, reading)
         if isinstance(model, DMoERM):
             own = reading
@@ -234,7 +244,8 @@ def score(task: RewardTask, dataset: PairDataset, places: Sequence[int], batch_s
         row["groups"] = list(model.groups)
         row["wanted"] = line([model.group_of.get(dataset.categories[place], -1) for place in places])
         row["routes"] = line(routes)
-    return row | experts.row() | {"score_seconds": round(time.perf_counter() - start, 1)}
+    # Without what the frozen layers take, which is the same for all.
+    return row | experts.row() | {"score_seconds": round(seconds, 1)}
 
 
 class Experts:
@@ -479,9 +490,10 @@ def write_tables(options: argparse.Namespace) -> None:
         )
     routed = {method: of[0] for method, of in rows.items() if "routes" in of[0]}
     results["experts"] = {method: of[0]["experts"] for method, of in rows.items() if "experts" in of[0]}
-    for method, groups in results["experts"].items():
+    # Of all methods they would be more than anybody reads.
+    for method, groups in list(results["experts"].items())[:1]:
         print_table(
-            f"Experts of {method}, seed {options.seeds[0]}: right about their own capability, percent",
+            f"Experts of {method}, seed {rows[method][0]['seed']}: right about their own capability, percent",
             [
                 {"inner model": group, "experts": ", ".join(f"{n} {v:.0f}" for n, v in of.items())}
                 for group, of in groups.items()
@@ -490,10 +502,10 @@ def write_tables(options: argparse.Namespace) -> None:
     results["routes"] = {
         method: {"groups": row["groups"], "prompts": confusion(row).tolist()} for method, row in routed.items()
     }
-    if golden := [agreement(row) for row in rows.get(GOLD, [])]:
-        results[GOLD] = golden
+    if GOLD in rows:
+        results[GOLD] = agreement(rows[GOLD])
         print(
-            f"The gold reward agrees with people on {np.mean(golden):.1f} % of the training pairs that it is scored on."
+            f"The gold reward agrees with people on {results[GOLD]:.1f} % of the training pairs that it is scored on."
         )
     stem = "results" if options.part == TEST else options.part
     write_whole(options.folder / f"{stem}.json", results)
@@ -502,9 +514,9 @@ def write_tables(options: argparse.Namespace) -> None:
         print(plot_consistency(report, options.folder / "consistency.png", shown))
 
 
-def agreement(row: Row) -> float:
-    """Consistency of a row, in percent."""
-    differences = numbers(row["differences"][""])
+def agreement(rows: Sequence[Row]) -> float:
+    """Consistency of the mean reward of several runs, in percent."""
+    differences = np.mean([numbers(row["differences"][""]) for row in rows], axis=0)
     return float(PERCENT * np.mean((differences > 0) + 0.5 * (differences == 0)))
 
 
@@ -533,16 +545,21 @@ def release(options: argparse.Namespace) -> Path:
 
 
 def verdict(report: Report | None, method: str) -> str:
-    """Whether a mixture paid: how far it is above the best baseline; nothing where none has been run."""
-    rivals = [name for name in BASELINES if report and name in report.scores and name != method]
-    if report is None or not rivals:
+    """Whether a mixture paid: how far it is above the best baseline; nothing where not all of these have been run.
+
+    Args:
+        report: Of all that has been run.
+        method: What is released.
+    """
+    if report is None or method in BASELINES or not {method, *BASELINES} <= report.scores.keys():
         return ""
-    best = max(rivals, key=lambda name: float(report.values(name, POOLED).mean()))
+    best = max(BASELINES, key=lambda name: float(report.values(name, POOLED).mean()))
     found = report.difference(method, best, POOLED)
     paid = "paid" if found.low > 0 else "did not pay"
     return (
-        f"Against the best of {len(rivals)} baselines ({METHODS[best].what}), over {len(report.scores[method])} seeds "
-        f"the difference in consistency is {found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]: the mixture {paid}."
+        f"Against the best of {len(BASELINES)} baselines ({METHODS[best].what}), over "
+        f"{len(report.scores[method])} seeds the difference in consistency is "
+        f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]: the mixture {paid}."
     )
 
 

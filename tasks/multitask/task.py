@@ -105,8 +105,8 @@ class MultitaskTask(MoETask):
             new_tokens: Longest answer in free text.
             lr: Peak learning rate of AdamW.
             head_lr: That of the heads, `lr` if left out.
-            router_lr: That of the adapters' routers, `lr` if left out. At rates that LoRA takes, a single step of Adam
-                turns a router's decisions over.
+            router_lr: That of the adapters' routers, `lr` if left out. At rates that LoRA takes, a step of Adam moves a
+                router's logits by as much as these differ.
             weight_decay: Its weight decay.
             warmup: Share of all steps in which the rate rises.
 

@@ -58,19 +58,30 @@ class CapabilityExperts(nn.Module):
 
 
 class InnerModel(nn.Module):
-    """The reward model of one group of categories: a dense mixture of capability experts, combined by an MLP.
+    """The reward model of one group of categories: a dense mixture of capability experts, combined to a reward.
 
     Attributes:
         task: LoRA and head of phase 1, one expert.
         mixture: The capability experts; their last states are concatenated. None without capabilities.
+        own: Places of the expert of the preference, if there is one.
         combine: Maps these, or the experts' scores, to the reward: an MLP, or a linear map.
     """
 
+    own: Tensor
+
     def __init__(
-        self, finish: Finish, task: LoraExperts, experts: LoraExperts | None, width: int, aggregate: str
+        self,
+        finish: Finish,
+        task: LoraExperts,
+        experts: LoraExperts | None,
+        names: Sequence[str],
+        width: int,
+        aggregate: str,
     ) -> None:
         """Put it together; see `DMoERM`."""
         super().__init__()
+        own = [place for place, name in enumerate(names) if name == PREFERENCE_ITSELF]
+        self.register_buffer("own", torch.tensor(own, dtype=torch.long), persistent=False)
         self.finish = finish
         self.task = task
         self.aggregate = aggregate
@@ -99,9 +110,14 @@ class InnerModel(nn.Module):
         out: Tensor = self.mixture((hidden, mask), router_input=hidden[:, 0])
         return out.unflatten(1, (self.experts.count, -1))
 
+    @property
+    def heads(self) -> Tensor:
+        """What reads scores off the experts' last states, `(T, D)`; that of the preference is the task model's."""
+        return self.experts.head.index_copy(0, self.own, self.task.head.expand(len(self.own), -1))
+
     def capability_scores(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """The capability experts' rewards `(B, T)`."""
-        return self.experts.scores(self.states(hidden, mask))
+        return (self.states(hidden, mask) * self.heads).sum(-1)
 
     @torch.no_grad()
     def start_from(self, experts: Sequence[int]) -> None:
@@ -114,7 +130,7 @@ class InnerModel(nn.Module):
         """
         weights = torch.zeros_like(self.experts.head)
         weights[list(experts)] = 1 / len(experts)
-        row = (weights * self.experts.head).flatten() if self.aggregate == "hidden" else weights[:, 0]
+        row = (weights * self.heads).flatten() if self.aggregate == "hidden" else weights[:, 0]
         if isinstance(self.combine, nn.Linear):
             self.combine.weight[0] = row
             return
@@ -131,7 +147,7 @@ class InnerModel(nn.Module):
         if self.mixture is None:
             return self.task_rewards(*streams)[:, None]
         states = self.states(*streams)
-        scores = self.experts.scores(states)
+        scores = (states * self.heads).sum(-1)
         reward = self.combine(states.flatten(1) if self.aggregate == "hidden" else scores)
         return torch.cat([reward, scores], dim=1)
 
@@ -182,7 +198,7 @@ class DMoERM(Backbone):
             capability_layers: Last layers with the capability experts' LoRA; 0 is all. What is below runs once for
                 all of them.
             capability_rank: Their rank.
-            aggregate: Whether the MLP reads the experts' last states (the released code) or their scores.
+            aggregate: Whether what combines them reads the experts' last states (the released code) or their scores.
             aggregate_dim: Its hidden width, at least 2; the released code has D. 0 is a linear map in place of an MLP.
             aggregate_start: How it begins its phase: as the score of the expert of the capability `preference`, or
                 without one as the mean of all scores; or at random (the released code).
@@ -219,7 +235,7 @@ class DMoERM(Backbone):
         self.router_dim = router_dim
         self.group_of = stack_names(groups)
         self.prompt_body = nn.Sequential(nn.Linear(self.dim, router_dim), nn.GELU())
-        inner = [self.build_inner() for _ in groups]
+        inner = [self.build_inner(names) for names in self.names]
         self.outer = MoELayer(
             TopKRouter(router_dim, len(inner), 1, normalize=False),
             ModuleExperts(inner, stream=[-1] * len(inner), unit_ndims=(2, 1)),
@@ -227,13 +243,13 @@ class DMoERM(Backbone):
         )
         self.complete()
 
-    def build_inner(self) -> InnerModel:
-        """A new inner model."""
+    def build_inner(self, names: Sequence[str]) -> InnerModel:
+        """A new inner model with these capabilities."""
         task = self.lora_experts(1, self.task_rank, layers=self.task_layers)
-        experts, count = None, len(self.names[0])
+        experts, count = None, len(names)
         if count:
             experts = self.lora_experts(count, self.capability_rank, layers=self.capability_layers)
-        return InnerModel(self.finish, task, experts, self.aggregate_dim, self.aggregate)
+        return InnerModel(self.finish, task, experts, names, self.aggregate_dim, self.aggregate)
 
     @property
     def inner(self) -> list[InnerModel]:
@@ -289,9 +305,8 @@ class DMoERM(Backbone):
             for model in self.inner:
                 model.experts.head.copy_(model.task.head.expand_as(model.experts.head))
         if phase == AGGREGATE and self.aggregate_start == "preference":
-            for model, names in zip(self.inner, self.names, strict=True):
-                own = [place for place, name in enumerate(names) if name == PREFERENCE_ITSELF]
-                model.start_from(own or range(len(names)))
+            for model in self.inner:
+                model.start_from(model.own.tolist() or range(model.experts.count))
 
     def phase_loss(self, phase: str, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a phase; see `Backbone.phase_loss`."""

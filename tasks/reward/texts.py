@@ -25,7 +25,7 @@ PROMPT_HEAD, ANSWER_HEAD = 0.25, 0.75
 # Stands for the end of lines where the tokenizer takes that for a space.
 LINE = "\u00b6"
 LINE_ENDS = re.compile(r"\s*\n\s*")
-# An answer's length as a number of two digits, which has a token of its own in most vocabularies: 9 for every doubling.
+# An answer's length as a number of two digits, which has a token of its own in BERT's vocabulary: 9 for every doubling.
 PER_DOUBLING, LONGEST = 9, 99
 
 
@@ -80,8 +80,8 @@ def encode_texts(
         before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         between = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
         after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # The longest size that there is.
-    most = len(tokenizer(str(LONGEST), add_special_tokens=False)["input_ids"])
+    sizes = tokenizer([str(size) + ("" if encoder else "\n") for size in range(LONGEST + 1)], add_special_tokens=False)
+    most = max(map(len, sizes["input_ids"]))
     room = max_length - len(before) - len(between) - len(after) - most
     if least_prompt < 0 or room <= least_prompt:
         raise ValueError(
@@ -94,8 +94,7 @@ def encode_texts(
         asked = whole_prompts[prompt]
         kept = without_middle(answer, room - min(len(asked), least_prompt), ANSWER_HEAD)
         left = without_middle(asked, room - len(kept), PROMPT_HEAD)
-        size = tokenizer(size_of(len(answer)), add_special_tokens=False)["input_ids"]
-        ids = [*before, *size, *left, *between, *kept, *after]
+        ids = [*before, *sizes["input_ids"][size_of(len(answer))], *left, *between, *kept, *after]
         second = len(kept) + len(after) if encoder else 0
         types = [0] * (len(ids) - second) + [1] * second
         found.append(Tokens(ids, types, len(asked) - len(left), len(answer) - len(kept)))
@@ -124,13 +123,13 @@ def encode_prompts(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerFast",
     return found
 
 
-def size_of(count: int) -> str:
+def size_of(count: int) -> int:
     """How long an answer is, on a scale that rises by 9 when it doubles: 0 to 99.
 
     Args:
         count: Its tokens.
     """
-    return str(min(LONGEST, round(PER_DOUBLING * math.log2(1 + count))))
+    return min(LONGEST, round(PER_DOUBLING * math.log2(1 + count)))
 
 
 def without_middle(tokens: list[int], room: int, head: float) -> list[int]:
@@ -164,6 +163,9 @@ def is_blind_to_lines(tokenizer: "PreTrainedTokenizerFast") -> bool:
     """Whether a tokenizer takes the end of a line, by which people see how a text is laid out, for a space.
 
     It also has to know the mark that would stand for it.
+
+    Args:
+        tokenizer: Of the base.
     """
     joined, broken, mark = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a b", "a\nb", LINE))
     return bool(joined == broken and mark and tokenizer.unk_token_id not in mark)

@@ -1,6 +1,7 @@
 """The harness of studies/multitask on generated tasks: rates, rows once, tables, paired differences, a checkpoint."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,8 @@ import zoo
 from studies.multitask import methods, study
 from studies.multitask.methods import MAIN, METHODS, PAIRS, PRIMARY, SHOWN, family_of
 from studies.multitask.study import Run
+from tasks.multitask.data import MultitaskDataModule
+from tasks.multitask.examples import Example
 from tasks.multitask.model import MultitaskModel
 from tasks.multitask.task import MultitaskTask, recorded_rivals
 from tests.tasks.multitask.builders import save_encoder
@@ -86,6 +89,7 @@ def test_half_of_what_is_held_out_chooses_and_the_other_is_tested():
     plain.setup("fit")
     plain.setup("test")
     data = study.load_data("generated", 8, 12)
+    # All of its tasks decide.
     held_out, tested, validated = (
         {e.id for e in of} for of in (plain.examples["val"], *map(data.examples.get, ("test", "val")))
     )
@@ -95,6 +99,38 @@ def test_half_of_what_is_held_out_chooses_and_the_other_is_tested():
     assert not {e.id for e in data.examples["train"]} & (validated | tested)
     official = [e.task for e in data.examples["test"] if e.id not in held_out]
     assert {task: official.count(task) for task in official} == dict.fromkeys(("topic", "mood", "which"), 12)
+
+
+def test_only_the_tasks_that_decide_hold_anything_out(monkeypatch):
+    """As on the development data: cola is of GLUE, boolq is not."""
+    texts = {"cola": ("right", "wrong"), "boolq": ("yes", "no")}
+
+    def read(part, count):
+        return [
+            Example(f"{part} {task} {n}", task, f"{part} text {n} of {task}", "", classes[n % 2], "classes", classes)
+            for task, classes in texts.items()
+            for n in range(count)
+        ]
+
+    data = MultitaskDataModule(source="generated", holdout=study.HOLDOUT)
+    monkeypatch.setattr(data, "read", lambda part: read(part, 40 if part == "train" else 20))
+    monkeypatch.setattr(study, "make_data", lambda *_: data)
+    study.load_data.__wrapped__("generated", 8, 6)
+    counts = {part: Counter(example.task for example in of) for part, of in data.examples.items()}
+    assert counts["train"] == {"cola": 28, "boolq": 40} and counts["val"] == {"cola": 6}
+    assert counts["test"] == {"cola": 20 + 6, "boolq": 6}
+    whole = [example.id for of in data.examples.values() for example in of]
+    assert len(whole) == len(set(whole))
+
+
+def test_holm_is_of_all_primary_comparisons_or_none(folder, arguments):
+    report = study.make_report(study.read_rows(study.parse(arguments())), study.TEST)
+    assert not any("holm" in line for line in study.differences(report))
+    for name in {name for pair in PRIMARY for name in pair}:
+        report.predictions[name] = report.predictions["moe-top1"]
+    lines = [line for line in study.differences(report) if "holm" in line]
+    assert [line["compared"] for line in lines] == [f"{first} - {second}" for first, second in PRIMARY]
+    assert all(line["holm"] == 1 for line in lines)
 
 
 def test_each_method_has_the_rate_that_was_best_in_validation(folder):

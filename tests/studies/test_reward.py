@@ -11,14 +11,11 @@ from studies.reward import policy, study
 from studies.reward.methods import (
     BASELINES,
     CAPABILITIES,
-    EQUAL_RANK,
     FLIPPED,
     GROUPS,
     MAIN,
-    MEMBER_RANK,
     METHODS,
     PAIRS,
-    PARTS,
     PROXIES,
     SHOWN,
     TRIALS,
@@ -173,7 +170,7 @@ def test_tables(folder):
         (line["compared"], line["metric"]) for line in found["sample differences"]
     }
     assert (folder / "consistency.png").is_file()
-    assert np.mean(found["gold"]) == pytest.approx(consistency(folder, "gold"))
+    assert 0 <= found["gold"] <= 100
     assert [line["method"] for line in json.loads((folder / "val.json").read_text())["all"]] == ["single", "longer"]
 
 
@@ -236,7 +233,7 @@ def test_methods_fit_each_other():
     readings = {"longer", "dmoerm/oracle", "ensemble/worst", "ensemble/uncertainty"}
     assert {name for pair in PAIRS for name in pair} | set(SHOWN) <= METHODS.keys() | readings
     assert set(MAIN) | set(PROXIES) <= METHODS.keys()
-    assert {"dmoerm", *PARTS, *BASELINES, *FLIPPED} <= METHODS.keys()
+    assert {*BASELINES, *FLIPPED} <= METHODS.keys()
     for name, trials in TRIALS.items():
         assert trials.keys() <= METHODS.keys()
         assert WHOLE[name] in [replace(of, what=WHOLE[name].what) for of in trials.values()]
@@ -246,13 +243,53 @@ def test_methods_fit_each_other():
     assert {**flipped.data, "flip": 0.0} == {**METHODS["dmoerm"].data, "flip": 0.0} and flipped.data["flip"] == 0.4
 
 
-def test_baselines_of_equal_size_have_as_many_parameters():
-    """Of a base as wide as MiniLM: 384 and 1,536."""
-    per_rank = 4 * (384 + 384) + 2 * (384 + 1536)
-    experts = 6 * (16 + 5 * 8) * per_rank + 6 * 6 * 384 + 6 * 5
-    ours = experts + 384 * 128 + 128 + 6 * 128
-    for theirs in (EQUAL_RANK * per_rank + 384, 5 * (MEMBER_RANK * per_rank + 384), (96 + 10 * 25) * per_rank):
-        assert theirs == pytest.approx(ours, rel=0.01)
+def size(dim=384, hidden=1536, name="dmoerm"):
+    """Parameters of a method that learn, on a base as wide as MiniLM."""
+    network = WHOLE[name].network
+    per_rank = 4 * (dim + dim) + 2 * (dim + hidden)
+
+    def lora(rank):
+        return rank * per_rank + dim
+
+    if name == "ensemble":
+        return network["members"] * lora(network["rank"])
+    if name == "objectives":
+        return lora(network["rank"]) + len(network["capabilities"]) * dim
+    groups, capabilities = len(network["groups"]), network.get("capabilities", [])
+    names = capabilities if isinstance(capabilities, list) else next(iter(capabilities.values()))
+    experts = len([name for name in names if name != PREFERENCE_ITSELF])
+    inner = lora(network.get("task_rank", 16)) + experts * lora(network.get("capability_rank", 8)) + len(names)
+    router = dim * 128 + 128 + 128 * groups if groups > 1 else 0
+    return groups * inner + router
+
+
+@pytest.mark.parametrize("name", ["single-equal", "objectives", "ensemble", "one-group"])
+def test_baselines_of_equal_size_have_as_many_parameters(name):
+    assert size(name=name) == pytest.approx(size(), rel=0.02)
+
+
+def test_what_is_slow_is_scored_on_one_pair_of_each_prompt(arguments):
+    options = study.parse(arguments())
+    pairs = study.make_data(options, Run("single", 0)).read("test")
+    places = study.sample(options, pairs)
+    assert len(places) == 10 == len({pairs[place].prompt for place in places}) and places == sorted(places)
+
+
+def test_the_gold_reward_is_the_mean_of_its_seeds():
+    rows = [{"differences": {"": text}} for text in ("1 -1 4", "-3 2 1")]
+    assert study.agreement(rows) == pytest.approx(100 * 2 / 3)
+
+
+@pytest.mark.parametrize(("gain", "said"), [(0, "did not pay"), (60, "paid")])
+def test_a_verdict_is_about_the_best_baseline(folder, arguments, gain, said):
+    report = study.make_report(study.read_rows(study.parse(arguments())))
+    assert study.verdict(report, "dmoerm") == "", "not all baselines have been run"
+    report.scores.update({name: np.full_like(report.scores["single"], 40) for name in BASELINES})
+    report.scores["gate"] += 0.5
+    report.scores["dmoerm"] = report.scores["gate"] + gain
+    found = study.verdict(report, "dmoerm")
+    assert f"best of 5 baselines ({METHODS['gate'].what})" in found and found.endswith(f"the mixture {said}.")
+    assert study.verdict(report, "single") == "", "it is no mixture"
 
 
 # --- the policy ------------------------------------------------------------------------------------------------------

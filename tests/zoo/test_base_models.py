@@ -39,6 +39,7 @@ from zoo.base_models import (
     load_causal,
     load_encoder,
     load_tokenizer,
+    without_dropout,
 )
 from zoo.errors import CheckpointError, DataNotFoundError, UnknownNameError
 
@@ -56,6 +57,19 @@ CONFIG = BertConfig(
 def bert(tmp_path: Path) -> Path:
     BertModel(CONFIG).save_pretrained(tmp_path / "bert")
     return tmp_path / "bert"
+
+
+def test_dropout_is_taken_out_however_a_network_has_it():
+    """As a module under whatever name, as ALBERT and BLOOM have it, or as a number, as Llama and OPT do."""
+    network = nn.Sequential(nn.Linear(2, 2), nn.Sequential())
+    network[0].attention_dropout, network[0].dropout = 0.1, 0.2
+    network[1].attention_dropout = nn.Dropout(0.3)
+    assert without_dropout(network) is network
+    assert (network[0].attention_dropout, network[0].dropout, network[1].attention_dropout.p) == (0, 0, 0)
+    assert isinstance(network[1].attention_dropout, nn.Dropout)
+    bert = without_dropout(BertModel(CONFIG)).train()
+    ids = torch.randint(0, 30, (2, 6))
+    assert torch.equal(bert(ids).last_hidden_state, bert(ids).last_hidden_state)
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_the_prompt_is_cut_first_and_both_lose_their_middle(bases):
 
 
 def test_sizes_rise_with_the_length_and_end_at_two_digits():
-    sizes = [int(size_of(count)) for count in range(5000)]
+    sizes = [size_of(count) for count in range(5000)]
     assert sizes == sorted(sizes) and sizes[0] == 0 and sizes[-1] == 99
     assert [sizes[2**power - 1] for power in range(12)] == [9 * power for power in range(12)]
 
@@ -99,7 +99,6 @@ def test_a_causal_model_reads_prompt_and_answer_in_turn(bases):
     found = words(tokenizer, text.ids)
     assert found[:7] == ["<s>", "18", "how", "do", "i", "travel", "to"]
     assert found[-4:] == ["take", "the", "train", "</s>"]
-    assert not is_blind_to_lines(tokenizer) or LINE in tokenizer.get_vocab()
     assert set(text.types) == {0}
 
 

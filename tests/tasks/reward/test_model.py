@@ -214,15 +214,40 @@ def test_a_step_moves_a_layer_equally_far_at_any_rank(bases):
     """So that one learning rate suits all: Adam's first step moves every weight of B by the rate."""
     moved = []
     for rank in (2, 16):
-        torch.manual_seed(0)
-        model = dmoerm(bases["bert"], task_rank=rank)
-        stack = next(iter(model.inner[0].task.stacks.values()))
+        stack = next(iter(dmoerm(bases["bert"], task_rank=rank).inner[0].task.stacks.values()))
         with torch.no_grad():
             stack.lora_A.fill_(1.0)
-            stack.lora_B.fill_(1e-2)
-            added = stack(torch.zeros(1, 1, stack.lora_B.shape[1]), torch.ones(1, 1, stack.lora_A.shape[2]), 1)
-        moved.append(added)
+        optimizer = torch.optim.Adam([stack.lora_B], lr=1e-2)
+        result, x = torch.zeros(1, 1, stack.lora_B.shape[1]), torch.ones(1, 1, stack.lora_A.shape[2])
+        stack(result, x, 1).sum().backward()
+        optimizer.step()
+        moved.append(stack(result, x, 1).detach())
+    assert moved[0].abs().min() > 0
     torch.testing.assert_close(*moved)
+
+
+def test_the_expert_of_the_preference_is_the_task_model_whatever_is_trained(bases):
+    model = DMoERM(GROUPS, ["length", "preference"], bases["bert"], aggregate="score", aggregate_dim=0)
+    inputs = inputs_of(model, texts(), ROUTES)
+    # Of the preference there are no labels.
+    preferences = torch.tensor([[1, 0], [-1, 0], [1, 0]], dtype=torch.int8)
+    # The second time as a trained model goes on: with other task models, and no start of the phases.
+    for begin in (True, False):
+        for phase in ("task", "capability"):
+            if begin:
+                model.begin(phase)
+            model.apply_phase(phase)
+            optimizer = torch.optim.AdamW(model.phase_parameters(phase), lr=1e-2, weight_decay=0.5)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model.phase_loss(phase, inputs, preferences)[0].backward()
+                optimizer.step()
+        with torch.no_grad():
+            for inner in model.inner:
+                scores = inner.capability_scores(inputs.hidden, inputs.mask)
+                wanted = inner.task_rewards(inputs.hidden, inputs.mask)
+                torch.testing.assert_close(scores[:, 1], wanted, atol=1e-5, rtol=1e-4)
+                assert not torch.allclose(scores[:, 0], wanted, atol=1e-3)
 
 
 def test_experts_that_share_a_batch_learn_as_if_alone(bases):
