@@ -342,10 +342,11 @@ def release(options: argparse.Namespace) -> Path:
         for key, value in report.metrics(method).items()
         if key in MACRO
     }
+    command = f"python -m studies.qa.study --seeds {' '.join(map(str, options.seeds))}"
     card = replace(
         card,
         verdict=verdict(report, one.method),
-        results=[hub.Result(scores, "python -m studies.qa.study", options.commit)],
+        results=[hub.Result(scores, command, options.commit)],
         **TERMS[options.source],
     )
     return save_released(hub.load_as(folder, QAReader), folder, options.out, card)
