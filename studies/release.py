@@ -1,5 +1,7 @@
 """From the checkpoint of a study's run to one that is shipped."""
 
+import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +26,18 @@ def find_run(folder: Path, method: str, seed: int) -> Path:
         hint = f"Run it: --methods {method} --seeds {seed}; delete its row in results/ if it has one."
         raise DataNotFoundError(f"what {method} of seed {seed} has learned", [folder], hint)
     return folder
+
+
+def recorded(study: str, options: argparse.Namespace, scores: Mapping[str, float]) -> hub.Result:
+    """What a card says of a study: its scores with the command that makes them.
+
+    Args:
+        study: Module of it, as in `studies.qa.study`.
+        options: Its command line: the seeds of the table, and the commit that its rows were made on.
+        scores: By their names.
+    """
+    command = f"python -m {study} --seeds {' '.join(map(str, options.seeds))}"
+    return hub.Result(scores, command, options.commit)
 
 
 def save_released(model: nn.Module, run: Path, out: Path, card: hub.Card) -> Path:

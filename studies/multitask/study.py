@@ -38,7 +38,7 @@ from studies.multitask.methods import (
     family_of,
 )
 from studies.options import add_release_options, read_options, study_parser
-from studies.release import find_run, save_released
+from studies.release import find_run, recorded, save_released
 from studies.rows import Row, is_done, write_whole
 from tasks.multitask.data import SPLIT_SEED, MultitaskDataModule
 from tasks.multitask.encode import TaskDataset
@@ -478,8 +478,8 @@ def release(options: argparse.Namespace) -> Path:
         if method != MAJORITY
         for key, value in report.metrics(method).items()
     }
-    recorded = hub.Result(rivals, "python -m studies.multitask.study", options.commit)
-    card = replace(hub.info(folder).card, results=[recorded], verdict=verdict(report, one.method), **TERMS)
+    results = [recorded("studies.multitask.study", options, rivals)]
+    card = replace(hub.info(folder).card, results=results, verdict=verdict(report, one.method), **TERMS)
     return save_released(hub.load_as(folder, MultitaskModel), folder, options.out, card)
 
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Subset
 
 from studies.options import add_release_options, read_options, study_parser
-from studies.release import find_run, save_released
+from studies.release import find_run, recorded, save_released
 from studies.reward.methods import BASELINES, GOLD, MAIN, METHODS, PAIRS, SHOWN, TRIALS, Method
 from studies.rows import Row, is_done, write_whole
 from tasks.reward.backbone import Backbone, Reading
@@ -539,8 +539,8 @@ def release(options: argparse.Namespace) -> Path:
         if name not in (one.method, LONGER)
         for key, value in report.metrics(name).items()  # type: ignore[union-attr]
     }
-    recorded = hub.Result(rivals, "python -m studies.reward.study", options.commit)
-    card = replace(hub.info(folder).card, results=[recorded], verdict=verdict(report, one.method), **TERMS)
+    results = [recorded("studies.reward.study", options, rivals)]
+    card = replace(hub.info(folder).card, results=results, verdict=verdict(report, one.method), **TERMS)
     return save_released(load_network(options, one), folder, options.out, card)
 
 

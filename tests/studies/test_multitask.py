@@ -266,7 +266,7 @@ def test_the_release_holds_adapters_and_heads_and_what_others_scored(folder):
     rivals = {of["method"]: of for of in recorded_rivals(folder / "released", ["average"])}
     assert set(rivals) == {"moe-top1 (recorded)", "smora (recorded)"}
     assert rivals["moe-top1 (recorded)"]["average"] == pytest.approx(average(folder, "moe-top1"))
-    assert rivals["moe-top1 (recorded)"]["command"] == "python -m studies.multitask.study"
+    assert rivals["moe-top1 (recorded)"]["command"] == "python -m studies.multitask.study --seeds 0 1"
 
 
 @pytest.mark.parametrize(("alike", "said"), [(True, "did not pay"), (False, "paid")])

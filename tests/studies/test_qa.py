@@ -216,6 +216,7 @@ def test_the_released_reader_answers_as_the_run_does(folder, arguments):
     card = hub.info(folder / "released").card
     assert "First stage" in card.data and "augmented ones" in card.data and "folds" in card.data
     (recorded,) = card.results
+    assert recorded.command == "python -m studies.qa.study --seeds 0 1"
     assert recorded.commit == "c0ffee" and recorded.metrics["dense/f1_ood"] == pytest.approx(
         macro(folder, "dense", "f1_ood"), abs=1e-3
     )
