@@ -35,7 +35,7 @@ from studies.multitask.methods import (
     ROUTER_RATE,
     SHOWN,
     Method,
-    family_of,
+    tuned_as,
 )
 from studies.options import add_release_options, read_options, study_parser
 from studies.release import find_run, recorded, save_released
@@ -71,7 +71,7 @@ SEEDS = (0, 1, 2)
 TRIAL_SEED = 100
 # What is scored: examples that rates are chosen by, and those that nothing is.
 VAL, TEST = "val", "test"
-# Share of what the tasks that decide have to learn from that is held out; a run sees the rest about once.
+# Share of what the tasks that decide have to learn from that is held out; a run sees about four fifths of the rest.
 HOLDOUT = 0.3
 # Plain LoRA of as many ranks as a mixture has in all.
 TWIN = "lora-r64"
@@ -278,7 +278,7 @@ def run_missing(options: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 def tune(options: argparse.Namespace) -> None:
     """Try every rate for every method, as often for one as for another; heads come first, as all others have theirs."""
-    methods = [HEADS, *(method for method in options.methods if method != HEADS)]
+    methods = list(dict.fromkeys([HEADS, *map(tuned_as, options.methods)]))
     for method in methods:
         run_missing(options, trials_of(method))
     lines = [{"method": method} | {f"{lr:g}": score for lr, score in scores_of(options, method)} for method in methods]
@@ -291,16 +291,15 @@ def trials_of(method: str) -> list[Run]:
 
 
 def scores_of(options: argparse.Namespace, method: str) -> list[tuple[float, float]]:
-    """Each rate of a method with how good its family was in validation; none where a trial of these is missing.
+    """Each rate of a method with how good it was in validation; none where a trial is missing.
 
     Raises:
         ValueError: A trial is about another setting.
     """
-    family = [trials_of(name) for name in family_of(method)]
-    if not all(result_path(options, one).is_file() for trials in family for one in trials):
+    trials = trials_of(tuned_as(method))
+    if not all(result_path(options, one).is_file() for one in trials):
         return []
-    found = [[validated(options, one) for one in trials] for trials in family]
-    return [(rate, float(np.mean(of))) for rate, of in zip(RATES, zip(*found, strict=True), strict=True)]
+    return [(one.lr, validated(options, one)) for one in trials]
 
 
 def validated(options: argparse.Namespace, one: Run) -> float:
@@ -318,8 +317,10 @@ def chosen_rate(options: argparse.Namespace, method: str) -> float:
     """
     scores = scores_of(options, method)
     if not scores:
-        hint = f"Choose it: python -m studies.multitask.study --tune --methods {' '.join(family_of(method))}"
-        raise DataNotFoundError(f"the learning rate of {method}", [result_path(options, trials_of(method)[0])], hint)
+        hint = f"Choose it: python -m studies.multitask.study --tune --methods {tuned_as(method)}"
+        raise DataNotFoundError(
+            f"the learning rate of {method}", [result_path(options, trials_of(tuned_as(method))[0])], hint
+        )
     best = max(score for _, score in scores)
     return min(rate for rate, score in scores if score >= best - MARGIN)
 
@@ -501,7 +502,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = study_parser(__doc__, FOLDER, METHODS, ["nlp_tasks", "generated"], SEEDS, MAIN)
     add_release_options(parser)
     parser.add_argument("--base", default=MINILM, help="the encoder")
-    parser.add_argument("--steps", type=int, default=1000, help="of a run")
+    parser.add_argument("--steps", type=int, default=800, help="of a run")
     parser.add_argument("--trial-steps", type=int, default=400, help="of a trial")
     parser.add_argument("--batch-size", type=int, default=16, help="examples of a step")
     parser.add_argument("--score-limit", type=int, default=400, help="test examples of a task that decides nothing")

@@ -11,7 +11,7 @@ import torch
 
 import zoo
 from studies.multitask import methods, study
-from studies.multitask.methods import MAIN, METHODS, PAIRS, PRIMARY, SHOWN, family_of
+from studies.multitask.methods import MAIN, METHODS, PAIRS, PRIMARY, SHOWN, tuned_as
 from studies.multitask.study import Run
 from tasks.multitask.data import MultitaskDataModule
 from tasks.multitask.examples import Example
@@ -22,8 +22,6 @@ from zoo import hub
 from zoo.errors import DataNotFoundError, UnknownNameError
 
 CHOSEN = ("moe-top1", "smora")
-# With what shares a rate with one of them.
-TRIED = (*CHOSEN, "smora-p4")
 RATES = (1e-3, 3e-3)
 
 
@@ -52,7 +50,7 @@ def folder(arguments):
     options = study.parse(arguments())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "RATES", RATES)
-        study.main(arguments("--tune", "--methods", *TRIED))
+        study.main(arguments("--tune"))
         study.main(arguments())
         words = ("--release", "smora", "--seed", "1", "--commit", "1234567", "--out", str(options.folder / "released"))
         study.main(arguments(*words))
@@ -77,7 +75,7 @@ def test_each_run_and_each_trial_has_one_row(folder):
     names = {path.name.removeprefix("generated.") for path in (folder / "results").iterdir()}
     assert names == {f"{method}.seed{seed}.json" for method in CHOSEN for seed in (0, 1)}
     trials = {path.name.removeprefix("generated.") for path in (folder / "trials").iterdir()}
-    assert trials == {f"{method}.lr{lr:g}.json" for method in ("heads", *TRIED) for lr in RATES}
+    assert trials == {f"{method}.lr{lr:g}.json" for method in ("heads", *CHOSEN) for lr in RATES}
     whole, trial = row(folder, "smora.seed0"), row(folder, "smora.lr0.001", "trials")
     assert (whole["steps"], trial["steps"]) == (4, 2) and "test" not in trial and "val" not in whole
     assert whole["setting"]["adapter"]["top_k"] == 8
@@ -138,8 +136,7 @@ def test_each_method_has_the_rate_that_was_best_in_validation(folder):
     for method in ("heads", *CHOSEN):
         scores = []
         for lr in RATES:
-            found = [row(folder, f"{name}.lr{lr:g}", "trials")["val"]["tasks"].values() for name in family_of(method)]
-            tasks = [of for one in found for of in one]
+            tasks = row(folder, f"{method}.lr{lr:g}", "trials")["val"]["tasks"].values()
             scores.append(np.mean([np.equal(of["target"].split(), of["predicted"].split()).mean() for of in tasks]))
         # The lower one, unless the other is half a point better.
         best[method] = RATES[int(100 * (scores[1] - scores[0]) > 0.5)]
@@ -157,16 +154,17 @@ def test_a_seed_determines_the_network(folder, arguments):
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
 
 
-def test_a_family_has_one_rate(monkeypatch, arguments):
-    assert family_of("smora-k16") == ["smora-k16", "smora-k16-p8"] and family_of("lora-r8") == ["lora-r8"]
-    assert len(family_of("mola-even")) == 5 and "moe-top2" not in family_of("mola-even")
-    found = {"smora-k16": [50, 60, 58, 1], "smora-k16-p8": [50, 40, 42.9, 1]}
+def test_settings_of_a_layer_have_the_rate_that_one_of_them_chose(monkeypatch, arguments):
+    assert [tuned_as(name) for name in ("smora-k16", "smora-k16-p8", "lora-r8")] == [*["smora-k16-p8"] * 2, "lora-r8"]
+    found = [50, 40, 50.45, 1]
     monkeypatch.setattr(study, "RATES", methods.RATES)
     monkeypatch.setattr("pathlib.Path.is_file", lambda _: True)
-    monkeypatch.setattr(study, "validated", lambda _, one: found[one.method][study.RATES.index(one.lr)])
+    monkeypatch.setattr(
+        study, "validated", lambda _, one: found[study.RATES.index(one.lr)] if one.method == "smora-k16-p8" else None
+    )
     options = study.parse(arguments())
-    for method in found:
-        assert [score for _, score in study.scores_of(options, method)] == [50, 50, 50.45, 1]
+    for method in ("smora-k16", "smora-k16-p8"):
+        assert study.scores_of(options, method) == list(zip(methods.RATES, found, strict=True))
         # Not by a margin better than the lowest.
         assert study.chosen_rate(options, method) == study.RATES[0]
 
@@ -233,7 +231,7 @@ def test_all_methods_learn_from_the_same_examples_in_the_same_order(arguments):
 def test_a_second_call_runs_nothing(folder, arguments, monkeypatch):
     monkeypatch.setattr(study, "run", None)
     study.main(arguments())
-    study.main(arguments("--tune", "--methods", *TRIED))
+    study.main(arguments("--tune"))
 
 
 def test_a_row_of_another_setting_is_refused(arguments, folder, monkeypatch):
@@ -291,6 +289,7 @@ def scales_of(model):
 
 def test_methods_fit_each_other_and_the_network(base, monkeypatch):
     assert set(MAIN) | set(SHOWN) | {name for pair in PAIRS for name in pair} == METHODS.keys()
+    assert {tuned_as(tuned_as(name)) for name in METHODS} == {tuned_as(name) for name in METHODS}
     assert {name for pair in PRIMARY for name in pair} <= set(MAIN)
     for name in (name for name in METHODS if name.startswith("mola")):
         experts = METHODS[name].adapter["experts"]
