@@ -203,7 +203,8 @@ for name in FLIPPED:
     method, _, percent = name.partition("-flip")
     METHODS[name] = flipped(METHODS[method], int(percent) / 100)
 # What validation chooses from, four settings of each method: three rates, and at the middle one twice as many passes,
-# of DMoERM twice as many of its inner models. How else it may aggregate is tried apart.
+# of DMoERM twice as many of its inner models. Other baselines as large as it are LoRAs of the same scale in the same
+# layer and have the setting of `single-equal`. How else DMoERM may aggregate is tried apart.
 RATES = (3e-4, 1e-3, 3e-3)
 GRID = [(lr, PASSES) for lr in RATES] + [(RATE, 2 * PASSES)]
 TRIALS: dict[str, dict[str, Method]] = {
@@ -218,19 +219,6 @@ TRIALS: dict[str, dict[str, Method]] = {
             f"one LoRA of rank {EQUAL_RANK}, rate {lr:g}, {passes} passes", EQUAL_RANK, lr, passes
         )
         for lr, passes in GRID
-    },
-    "ensemble": {
-        f"ensemble.lr{lr:g}.{passes}": ensemble(f"five LoRAs, rate {lr:g}, {passes} passes", lr, passes)
-        for lr, passes in GRID
-    },
-    "objectives": {
-        f"objectives.lr{lr:g}.{passes}": objectives(
-            f"a head for each objective, rate {lr:g}, {passes} passes", lr, passes
-        )
-        for lr, passes in GRID
-    },
-    "gate": {
-        f"gate.lr{lr:g}.{passes}": gate(f"a gate, rate {lr:g}, {passes} passes", lr, passes) for lr, passes in GRID
     },
     "hidden": {
         f"hidden.last{lr:g}": dmoerm(

@@ -54,6 +54,8 @@ VAL, TEST = "val", "test"
 # Share of the training pairs that settings are chosen by, beside the few of validation; and what draws them, another
 # seed than that of what is held back for the aggregation.
 VALIDATED, VALIDATION_SEED = 0.15, 7
+# Pairs that a trial learns from, about half of the others.
+TRIAL_PAIRS = 6000
 # What a released network says of what it was made with.
 TERMS = {"data_terms": "mixed, one of them states none", "weights_licence": "Apache-2.0"}
 # What the slow ones are scored on: drawn from the part, the same for all.
@@ -132,9 +134,15 @@ def run(options: argparse.Namespace, one: Run) -> Row:
 
 def make_data(options: argparse.Namespace, one: Run) -> StudyData:
     """What a run learns from."""
-    arguments = {"source": options.source, "base": options.base, "limit": options.limit, "seed": one.seed}
-    validate = VALIDATED if one.part == VAL else 0.0
-    return StudyData(validate=validate, **arguments, **METHODS[one.method].data)
+    arguments: dict[str, Any] = {
+        "source": options.source,
+        "base": options.base,
+        "limit": options.limit,
+        "seed": one.seed,
+    }
+    if one.part == VAL:
+        arguments |= {"validate": VALIDATED, "learn": TRIAL_PAIRS}
+    return StudyData(**{**arguments, **METHODS[one.method].data})
 
 
 def scored(options: argparse.Namespace, one: Run, data: StudyData) -> PairDataset:

@@ -129,7 +129,7 @@ def test_the_gold_reward_learns_what_no_other_model_does(arguments):
     assert {p.id for p in study.scored(options, Run("gold", 0), gold).pairs} <= {p.id for p in other.train_set.pairs}
 
 
-def test_trials_see_no_test_pair_and_learn_from_fewer(arguments):
+def test_trials_see_no_test_pair_and_learn_from_fewer(arguments, monkeypatch):
     options = study.parse(arguments("--part", "val"))
     trial, other = (study.make_data(options, Run("single", 0, part)) for part in ("val", "test"))
     for data in (trial, other):
@@ -138,6 +138,11 @@ def test_trials_see_no_test_pair_and_learn_from_fewer(arguments):
     assert learned | validated == {p.id for of in (other.train_set, other.val_set) for p in of.pairs}
     assert 0 < len(other.train_set) - len(learned) < 0.3 * len(other.train_set)
     assert len(study.scored(options, Run("single", 0, "val"), trial)) == len(validated)
+    monkeypatch.setattr(study, "TRIAL_PAIRS", 10)
+    short = study.make_data(options, Run("single", 0, "val"))
+    short.setup("fit")
+    assert len(short.train_set) == 10 and {p.id for p in short.train_set.pairs} < learned
+    assert len(short.val_set) == len(validated)
     assert study.parse(["--part", "val"]).methods == [name for trials in TRIALS.values() for name in trials]
     assert study.parse([]).methods == list(MAIN)
 
@@ -238,6 +243,9 @@ def test_methods_fit_each_other():
     for name, trials in TRIALS.items():
         assert trials.keys() <= METHODS.keys()
         assert WHOLE[name] in [replace(of, what=WHOLE[name].what) for of in trials.values()]
+    passes = WHOLE["single-equal"].epochs["joint"]
+    for name, phase in (("objectives", "objectives"), ("gate", "objectives"), ("ensemble", "members")):
+        assert (WHOLE[name].task, WHOLE[name].epochs[phase]) == (WHOLE["single-equal"].task, passes)
     assert {name for names in CAPABILITIES.values() for name in names} <= {*KNOWN, PREFERENCE_ITSELF}
     assert CAPABILITIES.keys() == GROUPS.keys()
     flipped = METHODS["dmoerm-flip40"]
