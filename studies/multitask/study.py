@@ -25,6 +25,7 @@ import pytorch_lightning as pl
 import torch
 
 from studies.multitask.methods import (
+    HEAD_RATES,
     HEADS,
     MAIN,
     MARGIN,
@@ -287,7 +288,7 @@ def tune(options: argparse.Namespace) -> None:
 
 def trials_of(method: str) -> list[Run]:
     """One for each rate."""
-    return [Run(method, lr, TRIAL_SEED, True) for lr in RATES]
+    return [Run(method, lr, TRIAL_SEED, True) for lr in (HEAD_RATES if method == HEADS else RATES)]
 
 
 def scores_of(options: argparse.Namespace, method: str) -> list[tuple[float, float]]:
