@@ -130,8 +130,6 @@ HEADS = "heads"
 HEAD_RATES = (5e-4, 1.5e-3, 4e-3, 1.2e-2)
 # Of all routers: at the rates of adapters a step of Adam moves their logits by as much as these differ.
 ROUTER_RATE = 3e-4
-# The lowest rate within so many points of the best is taken: short runs flatter high rates.
-MARGIN = 0.5
 
 
 def tuned_as(method: str) -> str:

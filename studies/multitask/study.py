@@ -28,7 +28,6 @@ from studies.multitask.methods import (
     HEAD_RATES,
     HEADS,
     MAIN,
-    MARGIN,
     METHODS,
     PAIRS,
     PRIMARY,
@@ -51,9 +50,7 @@ from tasks.multitask.evaluate import (
     Labels,
     Report,
     ScoredTask,
-    confusion,
     normalise_loads,
-    score,
 )
 from tasks.multitask.examples import cap_tasks, hold_out
 from tasks.multitask.model import MultitaskModel
@@ -214,12 +211,14 @@ def count_parameters(model: MultitaskModel) -> Row:
 
 
 def judge(task: MultitaskTask, data: MultitaskDataModule, part: str) -> Row:
-    """Right and predicted number of every example by task, and how much tasks explain of routing."""
+    """Right and predicted number of every example by task, their mean loss, and how much tasks explain of routing."""
     dataset: TaskDataset = data.require(f"{part}_set")  # type: ignore[assignment]
     answers = Answers.of(dataset)
     for batch in data.loader(dataset):
         task.answer(dataset, batch, answers, watch=part == TEST and task.model.routed)
     tasks, predictions = task.judged(dataset, answers, data)
+    of_task = np.array([example.task for example in dataset.examples])
+    losses = np.array(answers.losses)
     row: Row = {
         "tasks": {
             of.name: {
@@ -227,6 +226,7 @@ def judge(task: MultitaskTask, data: MultitaskDataModule, part: str) -> Row:
                 "positive": of.positive,
                 "target": digits(of.targets),
                 "predicted": digits(predictions[of.name]),
+                "loss": round(float(losses[of_task == of.name].mean()), 5),
             }
             for of in tasks
         }
@@ -282,8 +282,11 @@ def tune(options: argparse.Namespace) -> None:
     methods = list(dict.fromkeys([HEADS, *map(tuned_as, options.methods)]))
     for method in methods:
         run_missing(options, trials_of(method))
-    lines = [{"method": method} | {f"{lr:g}": score for lr, score in scores_of(options, method)} for method in methods]
-    print_table(f"{options.source}: mean of validation by learning rate", lines)
+    lines = [
+        {"method": method} | {f"{lr:g}": loss for lr, loss in losses_of(options, method).items()} for method in methods
+    ]
+    columns = ["method", *(f"{lr:g}" for lr in sorted({*HEAD_RATES, *RATES}))]
+    print_table(f"{options.source}: loss in validation by learning rate", lines, columns)
 
 
 def trials_of(method: str) -> list[Run]:
@@ -291,44 +294,51 @@ def trials_of(method: str) -> list[Run]:
     return [Run(method, lr, TRIAL_SEED, True) for lr in (HEAD_RATES if method == HEADS else RATES)]
 
 
-def scores_of(options: argparse.Namespace, method: str) -> list[tuple[float, float]]:
-    """Each rate of a method with how good it was in validation; none where a trial is missing.
+def losses_of(options: argparse.Namespace, method: str) -> dict[float, float]:
+    """The loss in validation by rate; nothing where a trial is missing.
 
     Raises:
         ValueError: A trial is about another setting.
     """
     trials = trials_of(tuned_as(method))
     if not all(result_path(options, one).is_file() for one in trials):
-        return []
-    return [(one.lr, validated(options, one)) for one in trials]
+        return {}
+    return {one.lr: validated(options, one) for one in trials}
 
 
 def validated(options: argparse.Namespace, one: Run) -> float:
-    """How good a trial was in validation: the mean of its tasks' main metrics."""
-    tasks = read(options, one)[VAL]["tasks"].values()
-    found = [(numbers(of["target"]), numbers(of["predicted"]), of["metric"], of["positive"]) for of in tasks]
-    return float(np.mean([score(confusion(*three), three[2], positive) for *three, positive in found]))
+    """The loss of a trial in validation."""
+    return mean_loss(read(options, one)[VAL])
+
+
+def mean_loss(scored: Row) -> float:
+    """Mean over tasks of their mean cross entropies: those of GLUE, where differences can show, else all.
+
+    Args:
+        scored: What `judge` found.
+    """
+    found = {name: of["loss"] for name, of in scored["tasks"].items()}
+    return float(np.mean([found[name] for name in found if name in GLUE] or list(found.values())))
 
 
 def chosen_rate(options: argparse.Namespace, method: str) -> float:
-    """The lowest rate that is hardly worse in validation than the best.
+    """The rate with the lowest loss in validation.
 
     Raises:
         DataNotFoundError: Not all rates have been tried.
     """
-    scores = scores_of(options, method)
-    if not scores:
+    found = losses_of(options, method)
+    if not found:
         hint = f"Choose it: python -m studies.multitask.study --tune --methods {tuned_as(method)}"
         raise DataNotFoundError(
             f"the learning rate of {method}", [result_path(options, trials_of(tuned_as(method))[0])], hint
         )
-    best = max(score for _, score in scores)
-    return min(rate for rate, score in scores if score >= best - MARGIN)
+    return min(found, key=found.__getitem__)
 
 
 def tuned(options: argparse.Namespace) -> list[str]:
     """Methods of which all rates have been tried."""
-    return [method for method in METHODS if scores_of(options, method)]
+    return [method for method in METHODS if losses_of(options, method)]
 
 
 def runs_of(options: argparse.Namespace, methods: Sequence[str]) -> list[Run]:
@@ -410,6 +420,8 @@ def table(rows: Mapping[str, Sequence[Row]], report: Report) -> list[Row]:
             values = report.values(method, key)
             line |= {key: float(values.mean()), f"{key} std": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
         if of:
+            losses = [mean_loss(row[TEST]) for row in of]
+            line |= {"loss": float(np.mean(losses)), "loss std": float(np.std(losses, ddof=1)) if len(of) > 1 else 0.0}
             line |= {name: of[0][name] for name in ("lr", "steps", "parameters_trained", "parameters_active")}
             line["train_seconds"] = float(np.mean([row["train_seconds"] for row in of]))
         explained = [value[0] for row in of for value in row[TEST].get("task_dependence", {}).values()]
@@ -454,11 +466,11 @@ def write_tables(options: argparse.Namespace) -> None:
         raise DataNotFoundError("results", [options.folder / "results"], "Run the study without --only table.")
     report = make_report(rows, TEST)
     results: dict[str, Any] = {
-        "rates": {name: dict(scores_of(options, name)) for name in tuned(options)},
+        "rates": {name: losses_of(options, name) for name in tuned(options)},
         TEST: table(rows, report),
         "differences": differences(report),
     }
-    print_table(f"{options.source}, percent", results[TEST], ["method", "seeds", *report.main_names()])
+    print_table(f"{options.source}, percent", results[TEST], ["method", "seeds", *report.main_names(), "loss"])
     averages = [row for row in results["differences"] if "/" not in row["metric"]]
     print_table(f"{options.source}: differences of averages", averages)
     write_whole(options.folder / "results.json", results)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tasks.multitask.data import MultitaskDataModule, count_repeated
-from tasks.multitask.encode import Batch, TaskDataset, pad
+from tasks.multitask.encode import UNKNOWN, Batch, TaskDataset, pad
 from tasks.multitask.evaluate import (
     MAJORITY,
     Labels,
@@ -45,23 +45,27 @@ class Answers:
     Attributes:
         answers: In words, in the order of the dataset; None where it was not asked.
         probabilities: Of each answer among the options; NaN where it is free text.
+        losses: Cross entropy of the right option; NaN where there is none or it is not known.
         loads: By module, `(examples, E)` of `expert_loads`.
     """
 
     answers: list[str | None]
     probabilities: list[float]
+    losses: list[float]
     loads: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, dataset: TaskDataset) -> "Answers":
         """Room for all examples."""
-        return cls([None] * len(dataset), [float("nan")] * len(dataset))
+        nothing = [float("nan")] * len(dataset)
+        return cls([None] * len(dataset), nothing, nothing.copy())
 
-    def add(self, places: Sequence[int], answers: Sequence[str], probabilities: Sequence[float]) -> None:
+    def add(
+        self, places: Sequence[int], answers: Sequence[str], probabilities: Sequence[float], losses: Sequence[float]
+    ) -> None:
         """Keep those of a batch."""
-        for place, answer, probability in zip(places, answers, probabilities, strict=True):
-            self.answers[place] = answer
-            self.probabilities[place] = probability
+        for place, *of in zip(places, answers, probabilities, losses, strict=True):
+            self.answers[place], self.probabilities[place], self.losses[place] = of
 
     def add_loads(self, places: Sequence[int], loads: Mapping[str, NDArray[np.float32]]) -> None:
         """Keep who worked for those of a batch."""
@@ -195,6 +199,8 @@ class MultitaskTask(MoETask):
                 answers.add_loads(batch.places, expert_loads(routing, batch.owners, len(batch.places)))
         probabilities = scores.softmax(1)
         best = scores.argmax(1).tolist()
+        losses = nn.functional.cross_entropy(scores, batch.labels, ignore_index=UNKNOWN, reduction="none")
+        losses[batch.labels == UNKNOWN] = float("nan")
         named = []
         for row, place in enumerate(batch.places):
             options = dataset.options[place]
@@ -202,7 +208,8 @@ class MultitaskTask(MoETask):
         free = [row for row, place in enumerate(batch.places) if not dataset.options[place]]
         for row, text in zip(free, self.generate(dataset, [batch.places[row] for row in free]), strict=True):
             named[row] = (text, float("nan"))
-        answers.add(batch.places, *zip(*named, strict=True))
+            losses[row] = float("nan")
+        answers.add(batch.places, *zip(*named, strict=True), losses.tolist())
 
     def generate(self, dataset: TaskDataset, places: Sequence[int]) -> list[str]:
         """Answers in free text.
