@@ -14,7 +14,7 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -59,6 +59,7 @@ from tasks.multitask.task import Answers, MultitaskTask
 from zoo import hub
 from zoo.base_models import MINILM
 from zoo.callbacks import EpochSeed
+from zoo.comparison import Array, Comparison, draw
 from zoo.errors import DataNotFoundError
 from zoo.moe import TopKRouter, group_dependence, routed_modules
 from zoo.report import print_table
@@ -211,14 +212,14 @@ def count_parameters(model: MultitaskModel) -> Row:
 
 
 def judge(task: MultitaskTask, data: MultitaskDataModule, part: str) -> Row:
-    """Right and predicted number of every example by task, their mean loss, and how much tasks explain of routing."""
+    """Right and predicted number and loss of every example by task, and how much tasks explain of routing."""
     dataset: TaskDataset = data.require(f"{part}_set")  # type: ignore[assignment]
     answers = Answers.of(dataset)
     for batch in data.loader(dataset):
         task.answer(dataset, batch, answers, watch=part == TEST and task.model.routed)
     tasks, predictions = task.judged(dataset, answers, data)
     of_task = np.array([example.task for example in dataset.examples])
-    losses = np.array(answers.losses)
+    losses = {of.name: np.array(answers.losses)[of_task == of.name] for of in tasks}
     row: Row = {
         "tasks": {
             of.name: {
@@ -226,15 +227,17 @@ def judge(task: MultitaskTask, data: MultitaskDataModule, part: str) -> Row:
                 "positive": of.positive,
                 "target": digits(of.targets),
                 "predicted": digits(predictions[of.name]),
-                "loss": round(float(losses[of_task == of.name].mean()), 5),
+                "loss": round(float(losses[of.name].mean()), 5),
             }
             for of in tasks
         }
     }
+    if part == TEST:
+        for name, found in losses.items():
+            row["tasks"][name]["losses"] = " ".join(f"{loss:.3f}" for loss in found)
     if answers.loads:
-        loads, tasks_of = normalise_loads(answers.loads), [example.task for example in dataset.examples]
-        found = group_dependence(loads, tasks_of, PERMUTATIONS)
-        row["task_dependence"] = {module: [round(value, 5) for value in of] for module, of in found.items()}
+        explained = group_dependence(normalise_loads(answers.loads), of_task.tolist(), PERMUTATIONS)
+        row["task_dependence"] = {module: [round(value, 5) for value in of] for module, of in explained.items()}
     return row
 
 
@@ -312,13 +315,21 @@ def validated(options: argparse.Namespace, one: Run) -> float:
 
 
 def mean_loss(scored: Row) -> float:
-    """Mean over tasks of their mean cross entropies: those of GLUE, where differences can show, else all.
+    """Mean over tasks of their mean cross entropies: those of GLUE, where differences can show, else all of them.
 
     Args:
         scored: What `judge` found.
     """
-    found = {name: of["loss"] for name, of in scored["tasks"].items()}
-    return float(np.mean([found[name] for name in found if name in GLUE] or list(found.values())))
+    return float(np.mean([scored["tasks"][name]["loss"] for name in deciding(scored)]))
+
+
+def deciding(scored: Row) -> list[str]:
+    """The tasks where differences can show.
+
+    Args:
+        scored: What `judge` found.
+    """
+    return [name for name in scored["tasks"] if name in GLUE] or list(scored["tasks"])
 
 
 def chosen_rate(options: argparse.Namespace, method: str) -> float:
@@ -410,6 +421,47 @@ def make_report(rows: Mapping[str, Sequence[Row]], part: str) -> Report:
     )
 
 
+class Losses(Comparison):
+    """Cross entropies of methods on the same examples: these tell them apart where scores of few examples cannot."""
+
+    noun = "method"
+
+    def __init__(self, rows: Mapping[str, Sequence[Row]]) -> None:
+        """Read what was scored.
+
+        Args:
+            rows: By method, one per seed, of `read_rows`.
+        """
+        self.losses = {
+            method: [
+                np.array([row[TEST]["tasks"][name]["losses"].split() for row in of], dtype=np.float64)
+                for name in deciding(of[0][TEST])
+            ]
+            for method, of in rows.items()
+        }
+        random = np.random.default_rng(0)
+        self.draws = [draw(found.shape[1], random) for found in next(iter(self.losses.values()))]
+
+    def names(self) -> Collection[str]:
+        """The methods."""
+        return self.losses
+
+    def metric_names(self) -> list[str]:
+        """The mean over the tasks that decide."""
+        return ["loss"]
+
+    def values(self, model: str, key: str) -> Array:
+        """As `Comparison.values`."""
+        self.check(model, key)
+        return np.mean([found.mean(axis=1) for found in self.losses[model]], axis=0)
+
+    def resample(self, model: str, key: str) -> Array:
+        """As `Comparison.resample`."""
+        self.check(model, key)
+        means = [draws @ found.T / found.shape[1] for draws, found in zip(self.draws, self.losses[model], strict=True)]
+        return np.mean(means, axis=0)
+
+
 def table(rows: Mapping[str, Sequence[Row]], report: Report) -> list[Row]:
     """One line per method: means over seeds with their deviation, sizes and times; the last is the majority class."""
     lines = []
@@ -432,13 +484,13 @@ def table(rows: Mapping[str, Sequence[Row]], report: Report) -> list[Row]:
     return lines
 
 
-def differences(report: Report) -> list[Row]:
+def differences(report: Report, losses: Losses) -> list[Row]:
     """How much a method is above another, with 95 % intervals over examples and seeds; Holm's p of the primary ones."""
     lines = [
         {"compared": f"{first} - {second}", "primary": (first, second) in PRIMARY, **row}
         for first, second in PAIRS
         if {first, second} <= report.predictions.keys()
-        for row in report.difference_rows(first, second)
+        for row in [*report.difference_rows(first, second), *losses.difference_rows(first, second)]
     ]
     key = AVERAGE_GLUE if AVERAGE_GLUE in report.metric_names() else AVERAGE
     decided = [line for line in lines if line["primary"] and line["metric"] == key]
@@ -468,7 +520,7 @@ def write_tables(options: argparse.Namespace) -> None:
     results: dict[str, Any] = {
         "rates": {name: losses_of(options, name) for name in tuned(options)},
         TEST: table(rows, report),
-        "differences": differences(report),
+        "differences": differences(report, Losses(rows)),
     }
     print_table(f"{options.source}, percent", results[TEST], ["method", "seeds", *report.main_names(), "loss"])
     averages = [row for row in results["differences"] if "/" not in row["metric"]]

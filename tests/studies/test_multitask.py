@@ -125,11 +125,13 @@ def test_only_the_tasks_that_decide_hold_anything_out(monkeypatch):
 
 
 def test_holm_is_of_all_primary_comparisons_or_none(folder, arguments):
-    report = study.make_report(study.read_rows(study.parse(arguments())), study.TEST)
-    assert not any("holm" in line for line in study.differences(report))
+    rows = study.read_rows(study.parse(arguments()))
+    report, losses = study.make_report(rows, study.TEST), study.Losses(rows)
+    assert not any("holm" in line for line in study.differences(report, losses))
     for name in {name for pair in PRIMARY for name in pair}:
-        report.predictions[name] = report.predictions["moe-top1"]
-    lines = [line for line in study.differences(report) if "holm" in line]
+        for of in (report.predictions, losses.losses):
+            of[name] = of["moe-top1"]
+    lines = [line for line in study.differences(report, losses) if "holm" in line]
     assert [line["compared"] for line in lines] == [f"{first} - {second}" for first, second in PRIMARY]
     assert all(line["holm"] == 1 for line in lines)
 
@@ -214,6 +216,9 @@ def test_tables(folder):
     one = between["smora - moe-top1", "average"]
     assert one["mean"] == pytest.approx(average(folder, "smora") - average(folder, "moe-top1"))
     assert one["low"] <= one["mean"] <= one["high"] and 0 < one["p_value"] <= 1
+    one = between["smora - moe-top1", "loss"]
+    assert one["mean"] == pytest.approx(lines["smora"]["loss"] - lines["moe-top1"]["loss"], abs=1e-3)
+    assert one["low"] <= one["mean"] <= one["high"]
     assert (folder / "scores.png").is_file()
 
 
