@@ -347,6 +347,8 @@ def result_path(options: argparse.Namespace, one: Run) -> Path:
 def describe(options: argparse.Namespace, one: Run) -> Row:
     """What a row is about; one about anything else is not that of the run."""
     found = {name: getattr(options, name) for name in ("source", "base", "limit", "sample")}
+    if one.part == VAL:
+        found |= {"validate": VALIDATED, "trial_pairs": TRIAL_PAIRS}
     return {**found, **one._asdict(), "setting": setting(METHODS[one.method])}
 
 

@@ -143,6 +143,7 @@ def test_trials_see_no_test_pair_and_learn_from_fewer(arguments, monkeypatch):
     short.setup("fit")
     assert len(short.train_set) == 10 and {p.id for p in short.train_set.pairs} < learned
     assert len(short.val_set) == len(validated)
+    assert study.describe(options, Run("single", 0, "val"))["trial_pairs"] == 10
     assert study.parse(["--part", "val"]).methods == [name for trials in TRIALS.values() for name in trials]
     assert study.parse([]).methods == list(MAIN)
 
