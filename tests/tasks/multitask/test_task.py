@@ -15,8 +15,9 @@ from sklearn.metrics import accuracy_score
 
 import zoo
 from tasks.multitask.data import MultitaskDataModule
+from tasks.multitask.encode import UNKNOWN
 from tasks.multitask.model import MultitaskModel
-from tasks.multitask.task import MultitaskTask, plain, recorded_rivals, shares_in_words, shortened
+from tasks.multitask.task import Answers, MultitaskTask, plain, recorded_rivals, shares_in_words, shortened
 from tests.helpers.bases import save_bert, word_pieces
 from zoo import hub
 from zoo.cli import main
@@ -113,6 +114,23 @@ def test_fit_keeps_the_best_epoch_and_what_it_needs_to_be_tested(trained: Path, 
     assert config["data"]["init_args"]["source"] == "generated" and "network" not in str(config)
     card = hub.info(trained / "checkpoint").card
     assert "(synthetic)" in card.data and "80 steps" in card.data
+
+
+def test_an_answer_has_a_loss_where_the_right_one_is_known(trained: Path) -> None:
+    task = MultitaskTask(pretrained=str(trained / "checkpoint"))
+    data = MultitaskDataModule(source="generated")
+    data.setup("fit")
+    data.encode(task.model.form)
+    dataset = data.val_set
+    assert dataset is not None
+    batch, answers = data.collate(dataset, [0, 1]), Answers.of(dataset)
+    batch.labels[1] = UNKNOWN
+    task.model.eval()
+    task.answer(dataset, batch, answers)
+    with torch.no_grad():
+        scores = task.model(*batch.inputs)[0]
+    assert answers.losses[0] == pytest.approx(float(scores.logsumexp(0) - scores[batch.labels[0]]), abs=1e-5)
+    assert np.isnan(answers.losses[1:]).all() and answers.answers[1] is not None
 
 
 def test_predict_labels_a_text_and_a_file(trained: Path, own: Path, tmp_path: Path, capsys: Any) -> None:
