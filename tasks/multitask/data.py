@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import pandas as pd
 from torch.utils.data import DataLoader, Dataset
 
-from tasks.multitask.encode import Batch, Form, TaskDataset
+from tasks.multitask.encode import Batch, Form, TaskDataset, padding_of
 from tasks.multitask.evaluate import MAIN_METRICS, POSITIVE
 from tasks.multitask.examples import (
     OWN_TASK,
@@ -319,7 +319,7 @@ class MultitaskDataModule(ZooDataModule):
 
     def collate(self, dataset: TaskDataset, places: Sequence[int]) -> Batch:
         """Put examples together; see `TaskDataset.collate`."""
-        return dataset.collate(places, self.tokenizer.pad_token_id or 0)
+        return dataset.collate(places, padding_of(self.tokenizer))
 
     def describe(self) -> str:
         """What training uses, in words for a model card; after `setup` for fitting."""

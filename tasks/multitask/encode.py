@@ -13,8 +13,8 @@ from zoo.errors import UnknownNameError
 
 # Of an example whose answer is not known.
 UNKNOWN = -1
-# What a causal model reads between an example and its answer.
-ASK = "\nAnswer:"
+# What a causal model reads between an example and its answer: what this may be, and where it stands.
+OPTIONS, ASK = "\nOptions: ", "\nAnswer:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +191,16 @@ def pad(rows: Sequence[list[int]], length: int, value: int, left: bool) -> Tenso
     return torch.tensor([more + row if left else row + more for row, more in zip(rows, fill, strict=True)])
 
 
+def padding_of(tokenizer: Any) -> int:
+    """What fills a row: the token that ends a text, where there is none for padding, since it is in no answer.
+
+    Args:
+        tokenizer: Of the base.
+    """
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((number for number in known if number is not None), 0)
+
+
 def encode(
     examples: Sequence[Example], tokenizer: Any, form: Form, max_length: int, learning: bool = False
 ) -> list[Encoded]:
@@ -204,7 +214,7 @@ def encode(
         examples: What to cut.
         tokenizer: Of the base.
         form: What the model wants.
-        max_length: Tokens of a row; text is cut at its end, answers never.
+        max_length: Tokens of a row; text is cut at its end, answers and options never.
         learning: Whether the rows are to be learned from.
 
     Raises:
@@ -220,6 +230,8 @@ def encoder_rows(
     """As `encode`, for an encoder."""
     first: list[str] = []
     second: list[str] = []
+    # Of each row, how it is cut: options stay whole.
+    cuts: list[str | None] = []
     counts, labels = [], []
     for example in examples:
         options = form.options(example)
@@ -232,14 +244,16 @@ def encoder_rows(
         read = options if form.verbalised or example.kind == CHOICES else ()
         first += [whole(example)] * len(read) or [example.text]
         second += [words(option) for option in read] or [example.text2]
+        cuts += ["only_first"] * len(read) or ["longest_first" if example.text2 else None]
         counts.append(len(read) or 1)
-    # One call for those with, and one for those without a second segment: an empty one would be one more separator.
+    check_options([text for text, cut in zip(second, cuts, strict=True) if cut == "only_first"], tokenizer, max_length)
+    # One call for each way: an empty second segment would be one more separator.
     rows: list[Row | None] = [None] * len(first)
-    for pairs in (False, True):
-        chosen = [place for place, text in enumerate(second) if bool(text) == pairs]
+    for way in dict.fromkeys(cuts):
+        chosen = [place for place, cut in enumerate(cuts) if cut == way]
         if chosen:
-            texts = ([first[place] for place in chosen], *([[second[place] for place in chosen]] if pairs else []))
-            cut = tokenizer(*texts, truncation="longest_first", max_length=max_length, return_token_type_ids=True)
+            texts = ([first[place] for place in chosen], *([[second[place] for place in chosen]] if way else []))
+            cut = tokenizer(*texts, truncation=way or True, max_length=max_length, return_token_type_ids=True)
             for place, ids, types in zip(chosen, cut["input_ids"], cut["token_type_ids"], strict=True):
                 rows[place] = Row(ids, types)
     begin = 0
@@ -252,7 +266,6 @@ def causal_rows(
     examples: Sequence[Example], tokenizer: Any, form: Form, max_length: int, learning: bool
 ) -> Iterator[Encoded]:
     """As `encode`, for a causal model."""
-    ask = tokenizer(ASK, add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for example in examples:
         options = form.options(example)
@@ -261,32 +274,47 @@ def causal_rows(
         label = UNKNOWN if example.label is None else options.index(example.label) if options else 0
         if learning:
             answers, label = [answers[label]], 0
-        text = tokenizer(prompt(example, options))["input_ids"]
+        text = tokenizer("\n".join(filter(None, (example.text, example.text2))))["input_ids"]
+        ask = tokenizer(asking(options), add_special_tokens=False)["input_ids"]
         rows = []
         for answer in answers:
             scored = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] + ([] if options else end)
             room = max_length - len(ask) - len(scored)
             if room < 1:
                 raise ValueError(
-                    f"max_length={max_length} leaves no room for the text of {example.id!r} beside its answer of "
-                    f"{len(scored)} tokens: raise data.max_length."
+                    f"max_length={max_length} leaves no room for the text of {example.id!r} beside {len(ask)} tokens "
+                    f"of question and options and its answer of {len(scored)} tokens: raise data.max_length."
                 )
             ids = text[:room] + ask + scored
             rows.append(Row(ids, [0] * len(ids), len(scored)))
         yield Encoded(rows, label)
 
 
-def prompt(example: Example, options: Sequence[str]) -> str:
-    """What a causal model reads before `ASK`.
+def check_options(options: Sequence[str], tokenizer: Any, max_length: int) -> None:
+    """Refuse options that leave no room for a text beside them in a row.
 
     Args:
-        example: The example.
-        options: What the answer is chosen from.
+        options: All of them, as they are read.
+        tokenizer: Of the base.
+        max_length: Tokens of a row.
     """
-    told = [example.text] + [example.text2] * bool(example.text2)
-    if options:
-        told.append(f"Options: {'; '.join(map(words, options))}")
-    return "\n".join(told)
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    for option in dict.fromkeys(options):
+        tokens = len(tokenizer(option, add_special_tokens=False)["input_ids"])
+        if tokens >= room:
+            raise ValueError(
+                f"max_length={max_length} leaves no room for a text beside the option {option[:60]!r} of {tokens} "
+                "tokens: raise data.max_length."
+            )
+
+
+def asking(options: Sequence[str]) -> str:
+    """What a causal model reads between an example's text and its answer.
+
+    Args:
+        options: What the answer is chosen from; none where it is free text.
+    """
+    return (OPTIONS + "; ".join(map(words, options)) if options else "") + ASK
 
 
 def whole(example: Example) -> str:

@@ -68,7 +68,7 @@ def read_examples(path: str | Path, columns: Mapping[str, str] | None = None, la
     """Read a file of examples, checked.
 
     Columns are `text` and `label`, and where wanted `id`, `task`, `text2` and `choices`; or `prompt` and `target`,
-    where the answer is free text.
+    where the answer is free text unless there are choices.
 
     Args:
         path: A `.csv`, `.jsonl` or `.parquet` file; UTF-8 where it is text.
@@ -114,7 +114,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
     rows = []
-    for number, line in enumerate(read_text_file(path).splitlines(), start=1):
+    for number, line in enumerate(read_text_file(path).split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -186,7 +186,7 @@ def from_table(table: pd.DataFrame, where: str, labelled: bool = True) -> list[E
                 text=_word(row[text]) or "",
                 text2=_word(row.get("text2")) or "",
                 label=_word(row.get(label)),
-                kind="text" if free else "choices" if choices else "classes",
+                kind="choices" if choices else "text" if free else "classes",
                 choices=choices,
                 in_training=bool(row.get("dup_of_train", False)),
             )

@@ -191,7 +191,10 @@ class MultitaskModel(AdaptedModel):
             rows = (tasks[owners] == task).nonzero().flatten()
             logits = self.head_of(task)(pooled[rows])
             places = options[rows, None] + torch.arange(logits.shape[1], device=rows.device)
-            out = out.index_put((owners[rows, None].expand_as(places), places), logits)
+            out = out.index_put((owners[rows, None].expand_as(places), places), logits.to(out.dtype))
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Several processes wait for each other's gradients, also of heads that no example of theirs has read.
+            out = out + 0 * torch.stack([parameter.sum() for parameter in self.heads.parameters()]).sum()
         return out
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor, type_ids: Tensor) -> Tensor:
@@ -237,6 +240,10 @@ class MultitaskModel(AdaptedModel):
             attention_mask=attention_mask.long(),
             max_new_tokens=new_tokens,
             do_sample=False,
+            # A base brings settings of its own for chats.
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             pad_token_id=pad_id,
         )
         return whole[:, input_ids.shape[1] :]

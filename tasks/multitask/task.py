@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tasks.multitask.data import MultitaskDataModule, count_repeated
-from tasks.multitask.encode import UNKNOWN, Batch, TaskDataset, pad
+from tasks.multitask.encode import UNKNOWN, Batch, TaskDataset, pad, padding_of
 from tasks.multitask.evaluate import (
     MAJORITY,
     Labels,
@@ -222,7 +222,7 @@ class MultitaskTask(MoETask):
             return []
         rows = [dataset.encoded[place].rows[0] for place in places]
         asked = [row.ids[: len(row.ids) - row.scored] for row in rows]
-        longest, pad_id = max(map(len, asked)), self.data.tokenizer.pad_token_id or 0
+        longest, pad_id = max(map(len, asked)), padding_of(self.data.tokenizer)
         mask = pad([[1] * len(ids) for ids in asked], longest, 0, left=True).bool()
         ids = pad(asked, longest, pad_id, left=True)
         new = self.model.generate(ids.to(self.device), mask.to(self.device), self.new_tokens, pad_id)

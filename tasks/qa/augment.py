@@ -349,7 +349,7 @@ def read_synonyms(path: str | Path) -> Synonyms:
         ValueError: A line is not like this.
     """
     table: dict[str, list[str]] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         word, tab, listed = line.partition("\t")
         choices = [choice.strip() for choice in listed.split(",") if choice.strip()]
         if line.strip() and not (tab and word.strip() and choices):

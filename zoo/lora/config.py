@@ -1,6 +1,6 @@
 """Configurations of the adapters, as PEFT keeps them beside the weights in `adapter_config.json`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from peft import PeftConfig
@@ -28,7 +28,7 @@ class MixtureConfig(PeftConfig):
         modules_to_save: Modules that are trained and saved beside the adapter, such as a new head.
         alpha: Scale of what the adapter adds, which is divided by SMoRA's `top_k` or MoLA's `r`, as LoRA's is by `r`.
         dropout: Probability with which what the experts read is dropped.
-        aux_losses: Coefficient of each auxiliary loss, by its name in `zoo.moe.losses.LOSSES`.
+        aux_losses: Coefficient of each auxiliary loss, by its name in `zoo.moe.losses.LOSSES`; None is the method's.
         init_weights: Whether the adapter adds nothing before it is trained.
     """
 
@@ -39,7 +39,7 @@ class MixtureConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     alpha: float = 16
     dropout: float = 0.0
-    aux_losses: dict[str, float] = field(default_factory=dict)
+    aux_losses: dict[str, float] | None = None
     init_weights: bool = True
 
     def __post_init__(self) -> None:
@@ -49,6 +49,8 @@ class MixtureConfig(PeftConfig):
             ValueError: A field is not allowed, or does not fit another.
         """
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.aux_losses is None:
+            self.aux_losses = self.default_losses()
         require(self.alpha > 0, "alpha", self.alpha, "must be positive")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
         if isinstance(self.target_modules, str):
@@ -61,6 +63,10 @@ class MixtureConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
+
+    def default_losses(self) -> dict[str, float]:
+        """Those of the method."""
+        return {}
 
     def build(self, in_features: int, out_features: int, model: nn.Module, key: str) -> LoraMixture:
         """The mixture for one linear layer.
@@ -153,7 +159,8 @@ class MolaConfig(MixtureConfig):
     gives the largest weights, which are made to sum to 1. A single expert per unit keeps its probability as its weight,
     as in Switch, or its router would not learn.
 
-    The paper's balance loss, 0.001 times its sum over 32 layers, is the default coefficient of its mean here.
+    The paper's balance loss, 0.001 times its sum over 32 layers, is the default coefficient of its mean here. A soft
+    mixture has nothing to balance, as every unit uses all experts.
 
     Attributes:
         r: Ranks of each expert.
@@ -164,7 +171,6 @@ class MolaConfig(MixtureConfig):
             2404.19245).
     """
 
-    aux_losses: dict[str, float] = field(default_factory=lambda: {"load_balancing": 0.03})
     r: int = 8
     top_k: int | None = 2
     experts: int | str | list[int] = "2-4-6-8"
@@ -180,7 +186,14 @@ class MolaConfig(MixtureConfig):
         self.peft_type = MOLA
         require(self.r >= 1, "r", self.r, "must be at least 1")
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "must be at least 1, or None for all")
+        if self.top_k is None:
+            rule = "has no effect where every unit uses all experts (top_k=None)"
+            require("load_balancing" not in (self.aux_losses or {}), "aux_losses", self.aux_losses, rule)
         check_allocation(self.experts)
+
+    def default_losses(self) -> dict[str, float]:
+        """The paper's balance loss; see the class."""
+        return {} if self.top_k is None else {"load_balancing": 0.03}
 
     def build(self, in_features: int, out_features: int, model: nn.Module, key: str) -> LoraMixture:
         """The mixture for one linear layer; see `MixtureConfig.build`."""

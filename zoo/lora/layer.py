@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from zoo.lora.config import MixtureConfig
@@ -120,6 +121,11 @@ def sizes(layer: Any) -> tuple[int, int]:
     Raises:
         ValueError: It cannot be.
     """
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        raise ValueError(
+            "target_modules names the out_proj of a torch.nn.MultiheadAttention, which reads its weight and does not "
+            "call it, so that an adapter would do nothing: exclude_modules=['out_proj'], or name other modules."
+        )
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, Conv1D):

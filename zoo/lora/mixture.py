@@ -93,7 +93,8 @@ class LoraMixture(RoutedModule):
         """The products with A, weighted: `(T, E * rank)`."""
         hidden: Tensor
         x, router = functional.dropout(units.x, self.dropout, self.training), self.router
-        if isinstance(router, TopKRouter) and self.fuses(units.x, router):
+        # A subclass may score or choose in another way.
+        if type(router) is TopKRouter and self.fuses(units.x, router):
             both = functional.linear(x, torch.cat([self.lora_A, router.weight]))
             hidden, logits = both.split([self.lora_A.shape[0], router.num_experts], dim=1)
             routing = router.choose(units, logits)

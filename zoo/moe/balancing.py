@@ -29,6 +29,7 @@ def update_selection_biases(model: nn.Module, rate: float = 1e-3) -> None:
         if counts.sum() > 0:
             router.update_bias(counts, rate)
         router.window_counts = torch.zeros_like(counts)
+        router.window_forwards = 0
 
 
 def open_count_windows(model: nn.Module) -> list[RoutedModule]:

@@ -1,5 +1,6 @@
 """`RoutedModule`, the base of everything that owns a router, and the collection of auxiliary losses."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ from zoo.moe.routing import RoutingOutput
 
 Observer = Callable[[RoutingOutput], None]
 
-# Far above what one step of any known method needs; reached only when nobody collects.
-MAX_PENDING_LOSSES = 256
+# Far above what one step of any known method needs; reached only when nobody collects, or moves biases.
+MAX_PENDING_FORWARDS = 256
 
 
 def in_backward() -> bool:
@@ -114,6 +115,9 @@ class RoutedModule(nn.Module):
         if not recomputing and (biased := self.biased_router) is not None:
             counts = routing.column_counts()
             biased.window_counts = biased.window_counts.to(counts.device) + counts
+            if not torch.compiler.is_compiling():
+                biased.window_forwards += 1
+                warn_of_idle_biases(biased.window_forwards)
         if not self.aux_losses:
             return
         if self.count_window is not None:
@@ -121,9 +125,9 @@ class RoutedModule(nn.Module):
         losses = {name: LOSSES[name](routing) for name in self.aux_losses}
         if recomputing:
             return
-        if len(self._pending_losses) >= MAX_PENDING_LOSSES:
+        if len(self._pending_losses) >= MAX_PENDING_FORWARDS:
             raise RuntimeError(
-                f"The auxiliary losses of {MAX_PENDING_LOSSES} forwards were never collected. Call "
+                f"The auxiliary losses of {MAX_PENDING_FORWARDS} forwards were never collected. Call "
                 "collect_aux_losses(model) once per training step and add its total to your loss, "
                 "or build the module with aux_losses={}."
             )
@@ -132,6 +136,17 @@ class RoutedModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start clean: they have neither the graph of pending losses nor observers and windows."""
         return {**self.__dict__, "_pending_losses": [], "_observers": OrderedDict(), "count_window": None}
+
+
+def warn_of_idle_biases(forwards: int) -> None:
+    """Say that nobody balances a router, where its selection bias has not moved in so many forwards of training."""
+    if forwards == MAX_PENDING_FORWARDS:
+        warnings.warn(
+            f"Selection biases have not moved in {forwards} forwards of training: the load is not balanced. Call "
+            "update_selection_biases(model) once per optimiser step (zoo.callbacks.BiasBalancing does in Lightning, "
+            "zoo.lora.trainer.RoutedTrainerMixin in transformers), or build the router without selection bias.",
+            stacklevel=2,
+        )
 
 
 @dataclass(slots=True)
@@ -157,12 +172,15 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
     """
     weighted: dict[str, list[Tensor]] = {}
     values: dict[str, list[Tensor]] = {}
+    device: torch.device | None = None
     for module in model.modules():
         if isinstance(module, RoutedModule):
             for losses in module._pending_losses:
                 for name, loss in losses.items():
-                    weighted.setdefault(name, []).append(module.aux_losses[name] * loss)
-                    values.setdefault(name, []).append(loss.detach())
+                    # The layers of a large network may lie on several devices.
+                    device = loss.device if device is None else device
+                    weighted.setdefault(name, []).append(module.aux_losses[name] * loss.to(device))
+                    values.setdefault(name, []).append(loss.detach().to(device))
             module._pending_losses.clear()
     total = (
         torch.stack([torch.stack(terms).mean() for terms in weighted.values()]).sum() if weighted else torch.zeros(())

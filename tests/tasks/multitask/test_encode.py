@@ -1,9 +1,11 @@
 """Rows of encoders and causal models: what they hold, what is cut, what is scored, how they are padded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tasks.multitask.encode import UNKNOWN, Form, TaskDataset, encode, prompt
+from tasks.multitask.encode import UNKNOWN, Form, TaskDataset, asking, encode, padding_of
 from tasks.multitask.examples import Example
 from tests.tasks.multitask.builders import tokenizer as tokenizer_of
 from zoo.errors import UnknownNameError
@@ -54,17 +56,38 @@ def test_a_causal_model_scores_the_answer_alone():
     assert colour.rows[0].scored == 2 and colour.label == 0
     (learned,) = encode([MOOD], tokenizer, CAUSAL, 64, learning=True)
     assert learned.rows == [mood.rows[1]] and learned.label == 0
-    assert "not and" in prompt(SINGLE, ["not_and"]) and "Options" not in prompt(COLOUR, ())
+    assert asking(["not_and", "b"]) == "\nOptions: not and; b\nAnswer:" and asking(()) == "\nAnswer:"
+
+
+def test_rows_are_filled_with_what_is_in_no_answer():
+    tokenizer = tokenizer_of(causal=True)
+    assert padding_of(tokenizer) == tokenizer.pad_token_id
+    tokenizer.pad_token = None
+    assert padding_of(tokenizer) == tokenizer.eos_token_id
 
 
 def test_text_is_cut_and_answers_are_not():
     encoder, causal = tokenizer_of(), tokenizer_of(causal=True)
     (pair,) = encode([MOOD], encoder, ENCODER, 7)
     assert len(pair.rows[0].ids) == 7
-    (row,) = encode([MOOD], causal, CAUSAL, 6, learning=True)
-    assert told(causal, row.rows[0]) == "the film was answer : positive"
-    with pytest.raises(ValueError, match=r"max_length=3 leaves no room for the text of '0' beside its answer of 1"):
-        encode([MOOD], causal, CAUSAL, 3)
+    (which,) = encode([WHICH], encoder, ENCODER, 6)
+    assert [told(encoder, row) for row in which.rows] == [
+        f"[CLS] which of [SEP] {name} [SEP]" for name in WHICH.choices
+    ]
+    long = replace(WHICH, label="cat", choices=("cat", "the film was great the book was poor"))
+    assert told(encoder, encode([long], encoder, ENCODER, 12)[0].rows[1]).endswith(
+        "[SEP] the film was great the book was poor [SEP]"
+    )
+    with pytest.raises(
+        ValueError, match=r"max_length=11 leaves no room for a text beside the option 'the film.* of 8 tokens"
+    ):
+        encode([long], encoder, ENCODER, 11)
+    (row,) = encode([MOOD], causal, CAUSAL, 11, learning=True)
+    assert told(causal, row.rows[0]) == "the film was options : negative ; positive answer : positive"
+    with pytest.raises(
+        ValueError, match=r"max_length=8 leaves no room for the text of '0' beside 7 tokens of question"
+    ):
+        encode([MOOD], causal, CAUSAL, 8)
 
 
 def test_what_cannot_be_read():

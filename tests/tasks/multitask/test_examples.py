@@ -67,6 +67,16 @@ def test_columns_are_renamed_and_prompts_are_free_text(tmp_path, suffix):
     assert tasks_of([free]) == {"own": None}
     (read,) = read_examples(path, {"text": "prompt", "label": "target"})
     assert read.kind == "classes"
+    path = write(tmp_path, suffix, [{"prompt": "a", "target": "b", "choices": ["b", "c"]}])
+    (choice,) = read_examples(path)
+    assert (choice.text, choice.label, choice.kind, choice.choices) == ("a", "b", "choices", ("b", "c"))
+
+
+def test_a_line_of_json_may_hold_what_ends_lines_elsewhere(tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [{"text": "a\u2028b", "label": "x"}, {"text": "c\u0085d", "label": "y"}]
+    path.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert [example.text for example in read_examples(path)] == ["a\u2028b", "c\u0085d"]
 
 
 def test_a_column_of_numbers_with_a_gap_keeps_whole_numbers(tmp_path):

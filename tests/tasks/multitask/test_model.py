@@ -127,6 +127,32 @@ def test_the_base_is_frozen_and_everything_else_is_trained(encoder):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_heads_answer_in_mixed_precision(encoder):
+    model = build(encoder)
+    of = dataset(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = scores(model, of)
+    finite = mixed.isfinite()
+    torch.testing.assert_close(mixed[finite].float(), scores(model, of)[finite], atol=0.1, rtol=0.1)
+
+
+def test_processes_may_have_read_no_example_of_a_task(encoder, tmp_path):
+    model = build(encoder).train()
+    of = dataset(model)
+    expected = model(*of.collate([0], 0).inputs)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", world_size=1, rank=0)
+    try:
+        shared = nn.parallel.DistributedDataParallel(model)
+        for place in (0, 3):
+            batch = of.collate([place], 0)
+            out = shared(*batch.inputs)
+            assert place or torch.equal(out, expected)
+            nn.functional.cross_entropy(out, batch.labels).backward()
+        assert all(parameter.grad is not None for parameter in model.heads.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_all_linear_layers_are_adapted_unless_said_otherwise(encoder):
     assert len(routed_modules(build(encoder))) == 6 * LAYERS
     few = build(encoder, adapter={"r": 8, "top_k": 2, "target_modules": ["query"]})
@@ -204,6 +230,8 @@ def test_the_loss_is_that_of_the_answer_s_tokens_alone(causal):
 
 def test_a_causal_network_generates(causal):
     model = scrambled(build(causal, causal=True, tasks={"colour": None}))
+    # As the bases of chat models bring it.
+    model.transformer.generation_config.repetition_penalty = 50.0
     ids = [[5, 9, 7], [6, 8]]
     padded = torch.tensor([[5, 9, 7], [0, 6, 8]])
     together = model.generate(padded, padded > 0, 4, 0)

@@ -130,11 +130,18 @@ def test_smora_refuses_what_does_not_fit(options: dict, sentence: str) -> None:
     [
         ({"r": 0}, "r=0: must be at least 1"),
         ({"top_k": 0}, "top_k=0: must be at least 1, or None for all"),
+        ({"top_k": None, "aux_losses": {"load_balancing": 0.1}}, "has no effect where every unit uses all experts"),
     ],
 )
 def test_mola_refuses_what_does_not_fit(options: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         MolaConfig(**options)
+
+
+def test_losses_are_those_of_the_method_unless_named() -> None:
+    assert MolaConfig().aux_losses == {"load_balancing": 0.03}
+    assert MolaConfig(top_k=None).aux_losses == SmoraConfig().aux_losses == {}
+    assert MolaConfig(aux_losses={}).aux_losses == {} and MolaConfig(aux_losses={"z": 0.1}).aux_losses == {"z": 0.1}
 
 
 def test_unknown_losses_are_an_error() -> None:

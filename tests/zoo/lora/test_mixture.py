@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from zoo.lora import LoraMixture, MolaConfig, SmoraConfig
-from zoo.moe import collect_aux_losses, update_selection_biases
+from zoo.moe import NoisyTopKRouter, collect_aux_losses, update_selection_biases
 
 IN, OUT = 6, 5
 LINEAR = nn.Sequential(nn.Linear(IN, OUT))
@@ -269,3 +269,12 @@ def test_samples_are_the_rows_of_a_batch() -> None:
     mixture(torch.zeros(3, OUT), torch.randn(3, IN))
     assert seen[0].sample_index.tolist() == [0, 0, 0, 1, 1, 1]
     assert seen[1].sample_index.tolist() == [0, 1, 2]
+
+
+def test_a_router_of_another_kind_routes_by_itself() -> None:
+    torch.manual_seed(0)
+    mixture = LoraMixture(NoisyTopKRouter(IN, 4, 2), IN, OUT, rank=2, scaling=1.0, init_weights=False)
+    nn.init.normal_(mixture.router.noise_weight)
+    x, nothing = torch.randn(20, IN), torch.zeros(20, OUT)
+    assert not torch.equal(mixture.train()(nothing, x), mixture(nothing, x)), "its noise is drawn"
+    assert torch.equal(mixture.eval()(nothing, x), mixture(nothing, x))

@@ -76,6 +76,27 @@ def test_saving_and_loading_gives_the_same_outputs(method: str, network: str, tm
     assert config.peft_type == PeftType(method.upper()) == method.upper()
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("smora", {"score": "softmax", "block_size": 2}),
+        ("smora", {"top_k": 8, "score": "none"}),
+        ("mola", {"experts": 3, "top_k": 1}),
+        ("mola", {"experts": 3, "top_k": None}),
+        ("mola", {"experts": 3, "top_k": None, "shared_a": True}),
+        ("mola", {"experts": 1, "top_k": 1}),
+    ],
+)
+def test_every_setting_is_saved_and_loaded(method: str, options: dict, tmp_path: Path) -> None:
+    inputs, model = make_inputs("llama"), adapted(method, "llama", **options)
+    for _ in range(2):
+        train_step(model, inputs)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base("llama"), tmp_path)
+    assert torch.equal(output(loaded, inputs), output(model, inputs))
+    assert loaded.peft_config["default"].to_dict() == PeftConfig.from_pretrained(tmp_path).to_dict()
+
+
 @methods
 def test_biases_are_saved_in_float32_and_kept(method: str, tmp_path: Path) -> None:
     model = adapted(method, "llama")
@@ -236,6 +257,13 @@ def test_all_linear_leaves_the_output_layer_out(method: str) -> None:
 def test_an_adapter_that_matches_nothing_is_an_error(method: str, options: dict) -> None:
     with pytest.raises(ValueError, match="not found in the base model"):
         adapted(method, "bert", **options)
+
+
+@methods
+def test_a_layer_that_is_never_called_is_an_error(method: str) -> None:
+    network, options = nn.Sequential(nn.MultiheadAttention(8, 2)), {"experts": 2} if method == "mola" else {}
+    with pytest.raises(ValueError, match=r"out_proj of a torch\.nn\.MultiheadAttention, which reads its weight"):
+        get_peft_model(network, make_config(method, "mlp", target_modules=["out_proj"], **options))
 
 
 @methods

@@ -1,6 +1,7 @@
 """Collection of auxiliary losses: once per step, cleared, and right under gradient checkpointing."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,8 +9,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import UnknownNameError
-from zoo.moe import GroupedExperts, MoELayer, RoutedModule, TopKRouter, collect_aux_losses, routed_modules
-from zoo.moe.routed import MAX_PENDING_LOSSES
+from zoo.moe import (
+    GroupedExperts,
+    MoELayer,
+    RoutedModule,
+    TopKRouter,
+    collect_aux_losses,
+    routed_modules,
+    update_selection_biases,
+)
+from zoo.moe.routed import MAX_PENDING_FORWARDS
 
 
 def make_model() -> nn.Sequential:
@@ -68,10 +77,32 @@ def test_observer_can_be_removed() -> None:
 def test_losses_that_nobody_collects_are_an_error() -> None:
     model = make_model()
     x = torch.randn(2, 8)
-    for _ in range(MAX_PENDING_LOSSES):
+    for _ in range(MAX_PENDING_FORWARDS):
         model(x)
     with pytest.raises(RuntimeError, match="never collected"):
         model(x)
+
+
+def test_biases_that_nobody_moves_are_told_once() -> None:
+    layer, x = MoELayer(TopKRouter(8, 4, 2, selection_bias=True), GroupedExperts(4, 8, 16)), torch.randn(2, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(MAX_PENDING_FORWARDS - 1):
+            layer(x)
+        update_selection_biases(layer)
+        for _ in range(MAX_PENDING_FORWARDS - 1):
+            layer(x)
+        with pytest.raises(UserWarning, match="biases have not moved in 256 forwards of training"):
+            layer(x)
+        layer(x)
+
+
+def test_losses_of_several_devices_are_added_on_one() -> None:
+    first, second = make_model()
+    first._pending_losses.append({"z": torch.ones((), device="meta")})
+    second._pending_losses.append({"z": torch.ones(())})
+    losses = collect_aux_losses(nn.Sequential(first, second))
+    assert losses.total.device.type == losses.values["z"].device.type == "meta"
 
 
 def test_copy_after_a_forward_works_and_starts_clean() -> None:

@@ -135,6 +135,7 @@ class TopKRouter(LinearRouter):
         self.register_buffer("expert_bias", torch.zeros(num_experts) if selection_bias else None)
         # Not a buffer: DistributedDataParallel overwrites buffers with those of rank 0 in every forward.
         self.window_counts = torch.zeros(num_experts)
+        self.window_forwards = 0
 
     @property
     def compares_units(self) -> bool:
