@@ -4,6 +4,7 @@ B texts of L tokens, D the base's width. Encoders with BERT's layers read a text
 their last layer computes that token alone; causal models with Llama's layers read it off the last one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -352,19 +353,51 @@ def bert_layer(layer: Any, hidden: Tensor, mask: Tensor, pooled: bool) -> Tensor
     Returns:
         `(rows, L, D)`, or of the first token `(rows, 1, D)`; more rows than before where N LoRAs read the same ones.
     """
-    attention, asking = layer.attention.self, hidden[:, :1] if pooled else hidden
-    heads = (attention.num_attention_heads, attention.attention_head_size)
-    query, key, value = (
-        part.unflatten(-1, heads).transpose(1, 2)
-        for part in (attention.query(asking), attention.key(hidden), attention.value(hidden))
-    )
-    allowed = mask.repeat(query.shape[0] // mask.shape[0], 1)[:, None, None, :]
-    context = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-    context = context.transpose(1, 2).flatten(2)
+    attend = attend_from_first if pooled else attend_from_all
+    asking, context = hidden[:, :1] if pooled else hidden, attend(layer.attention.self, hidden, mask)
     asking = asking.repeat(context.shape[0] // asking.shape[0], 1, 1)
     attended = layer.attention.output(context, asking)
     out: Tensor = layer.output(layer.intermediate(attended), attended)
     return out
+
+
+def attend_from_all(attention: Any, hidden: Tensor, mask: Tensor) -> Tensor:
+    """What the heads of a layer of BERT read for every token, `(rows, L, D)`; see `bert_layer`."""
+    heads = (attention.num_attention_heads, attention.attention_head_size)
+    query, key, value = (
+        part(hidden).unflatten(-1, heads).transpose(1, 2) for part in (attention.query, attention.key, attention.value)
+    )
+    allowed = mask.repeat(query.shape[0] // mask.shape[0], 1)[:, None, None, :]
+    context = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    return context.transpose(1, 2).flatten(2)
+
+
+def attend_from_first(attention: Any, hidden: Tensor, mask: Tensor) -> Tensor:
+    """What they read for the first token, `(rows, 1, D)`, without a key or value of any token.
+
+    `q (W_k x + b_k) = (q W_k) x + q b_k`, of which the last is the same for all tokens, and
+    `sum p (W_v x + b_v) = W_v (sum p x) + b_v`: a product per text and head in place of two per token.
+
+    Args:
+        attention: Of the layer; its key and value are `AdaptedLinear`.
+        hidden: `(R, L, D)`, which N LoRAs may read.
+        mask: `(B, L)` bool.
+    """
+    heads, texts = attention.num_attention_heads, hidden.shape[0]
+    query = attention.query(hidden[:, :1])[:, 0].unflatten(-1, (heads, -1))
+    copies = query.shape[0] // texts
+    asked = attention.key.transposed(query) / math.sqrt(query.shape[-1])
+    scores = by_text(asked, texts) @ hidden.transpose(1, 2)
+    padding = ~mask.repeat(texts // mask.shape[0], 1)[:, None]
+    read = scores.masked_fill(padding, float("-inf")).softmax(-1) @ hidden
+    read = read.unflatten(1, (copies, heads)).transpose(0, 1).flatten(0, 1)
+    context: Tensor = attention.value.head_by_head(read, heads)
+    return context.flatten(1)[:, None]
+
+
+def by_text(rows: Tensor, texts: int) -> Tensor:
+    """`(copies * R, H, D)` of R texts, copies first, as `(R, copies * H, D)`."""
+    return rows.unflatten(0, (-1, texts)).transpose(0, 1).flatten(1, 2)
 
 
 def stack_names(groups: Mapping[str, Sequence[str]]) -> dict[str, int]:

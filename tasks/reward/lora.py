@@ -53,6 +53,26 @@ class LoraStack(nn.Module):
         added = torch.baddbmm(base, low, self.lora_B.transpose(1, 2), alpha=self.scaling)
         return added.view(count * texts, length, -1)
 
+    def head_by_head(self, x: Tensor, heads: int) -> Tensor:
+        """What is added of the outputs of H heads, each of which reads an input of its own.
+
+        Args:
+            x: `(rows, H, D)`; `rows` is N * B, or any number of a single LoRA.
+            heads: H, which O is divided among.
+
+        Returns:
+            `(rows, H, O / H)`.
+        """
+        low = torch.einsum("nbhd,nrd->nbhr", x.unflatten(0, (len(self.lora_A), -1)), self.lora_A)
+        added = torch.einsum("nbhr,nhor->nbho", low, self.lora_B.unflatten(1, (heads, -1)))
+        return added.flatten(0, 1) * self.scaling
+
+    def transposed(self, asked: Tensor) -> Tensor:
+        """What is added of the transposed map of each head: `(rows, H, O / H)` to `(rows, H, D)`."""
+        up = self.lora_B.unflatten(1, (asked.shape[1], -1))
+        low = torch.einsum("nbho,nhor->nbhr", asked.unflatten(0, (len(self.lora_A), -1)), up)
+        return torch.einsum("nbhr,nrd->nbhd", low, self.lora_A).flatten(0, 1) * self.scaling
+
 
 class AdaptedLinear(nn.Module):
     """A linear layer of the base, and the LoRAs that are in use at the moment.
@@ -75,6 +95,18 @@ class AdaptedLinear(nn.Module):
         for stack in self.stacks:
             result = stack(result, x, self.texts)
         return result
+
+    def head_by_head(self, x: Tensor, heads: int) -> Tensor:
+        """Outputs of H heads, each of which reads an input of its own: `(rows, H, D)` to `(rows, H, O / H)`."""
+        result = torch.einsum("rhd,hod->rho", x, self.base.weight.unflatten(0, (heads, -1)))
+        if self.base.bias is not None:
+            result = result + self.base.bias.unflatten(0, (heads, -1))
+        return result + sum(stack.head_by_head(x, heads) for stack in self.stacks)
+
+    def transposed(self, asked: Tensor) -> Tensor:
+        """The transposed map of each head, without bias: `(rows, H, O / H)` to `(rows, H, D)`."""
+        weight = self.base.weight.unflatten(0, (asked.shape[1], -1))
+        return torch.einsum("rho,hod->rhd", asked, weight) + sum(stack.transposed(asked) for stack in self.stacks)
 
 
 class LoraExperts(nn.Module):

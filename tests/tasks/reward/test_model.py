@@ -8,8 +8,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from toys import CARD
 
 import zoo
+from tasks.reward.backbone import bert_layer
 from tasks.reward.baselines import LoraEnsemble, ObjectiveModel, reduce_members
-from tasks.reward.lora import LoraExperts
+from tasks.reward.lora import LoraExperts, attached
 from tasks.reward.model import PHASES, DMoERM, InnerModel
 from tests.tasks.reward.builders import CAPABILITIES, GROUPS, inputs_of, save_base, save_llama, stir, texts
 from zoo import hub
@@ -91,6 +92,28 @@ def test_one_stacked_pass_is_one_pass_of_peft_for_each_expert(bases, kind, task,
         for number in range(len(CAPABILITIES)):
             expected = peft_state(base, found, [own, matrices(model, inner.experts, number)])
             torch.testing.assert_close(states[:, number], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("capability", [1, 2])
+def test_the_first_token_alone_learns_as_among_all_tokens(bases, capability):
+    model = stir(dmoerm(bases["bert"], capability_layers=capability))
+    inner, layer = model.inner[0], model.encoder.get_submodule(model.kind)[-1]
+    inputs = inputs_of(model, texts(), ROUTES)
+    experts = (inner.task, inner.experts)
+    model.apply_phase(None)
+    for part in experts:
+        part.requires_grad_(True)
+    found = []
+    for pooled in (True, False):
+        with attached(model.adapted, experts, len(ROUTES)):
+            hidden = model.run(inputs.hidden, inputs.mask, range(model.first, model.depth - 1))
+            state = bert_layer(layer, hidden, inputs.mask, pooled)[:, 0]
+        state.square().sum().backward()
+        grads = {name: p.grad for name, p in inner.named_parameters() if p.grad is not None}
+        assert len(grads) >= 4 * 6 and all(grad.any() for grad in grads.values())
+        found.append((state.detach(), grads))
+        inner.zero_grad()
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
