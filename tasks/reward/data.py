@@ -40,7 +40,7 @@ GENERATED_COUNTS = {"train": 600, "val": 60, "test": 120}
 SPLIT_SEED = 0
 # Phases that learn from what `aggregate_share` holds back, from one pair of each prompt, and from all pairs; the others
 # learn from what is not held back.
-HELD_BACK, BY_PROMPT, EVERYTHING = ("aggregate", "gate"), ("router",), ("capability", "members")
+HELD_BACK, BY_PROMPT, EVERYTHING = ("aggregate", "gate"), ("router",), ("members",)
 # Phases in which inner models learn apart. Each batch is of one of them: a step is as large however few pairs it has.
 BY_GROUP = ("task", "capability", "aggregate")
 

@@ -24,6 +24,9 @@ PHASES = (ROUTER, JOINT, TASK, CAPABILITY, AGGREGATE)
 AGGREGATES = ("hidden", "score")
 STARTS = ("preference", "random")
 
+# How fast the running mean square of a score's differences follows them.
+MOMENTUM = 0.02
+
 Finish = Callable[[Tensor, Tensor, Sequence[LoraExperts]], Tensor]
 
 
@@ -36,25 +39,27 @@ class CapabilityExperts(nn.Module):
     unit_ndims = (2, 1)
     backend = "dense"
 
-    def __init__(self, finish: Finish, task: LoraExperts, experts: LoraExperts) -> None:
+    def __init__(self, finish: Finish, task: LoraExperts, experts: LoraExperts, shared: bool) -> None:
         """Put them together.
 
         Args:
             finish: `Backbone.finish`.
             task: The task model's LoRA, which they are trained on top of.
             experts: The T experts.
+            shared: Whether they are other inner models' too.
         """
         super().__init__()
         self.finish = finish
         self.num_experts = experts.count
-        self.experts = experts
-        # In a tuple, as it is the inner model's part.
-        self.task = (task,)
+        # In a tuple, as they are parts of others.
+        self.used = (task, experts)
+        if not shared:
+            self.experts = experts
 
     def forward_all(self, streams: Sequence[Tensor]) -> Tensor:
         """The last states of all texts under all experts: `(B, L, D)` and `(B, L)` to `(B, T, D)`."""
         hidden, mask = streams
-        return self.finish(hidden, mask, (*self.task, self.experts))
+        return self.finish(hidden, mask, self.used)
 
 
 class InnerModel(nn.Module):
@@ -64,10 +69,12 @@ class InnerModel(nn.Module):
         task: LoRA and head of phase 1, one expert.
         mixture: The capability experts; their last states are concatenated. None without capabilities.
         own: Places of the expert of the preference, if there is one.
-        combine: Maps these, or the experts' scores, to the reward: an MLP, or a linear map.
+        square: `(T,)`, by how much the scores of two answers differ: the running mean of the squared differences.
+        combine: Maps these states, or the experts' scores in units of that, to the reward: an MLP, or a linear map.
     """
 
     own: Tensor
+    square: Tensor
 
     def __init__(
         self,
@@ -77,6 +84,7 @@ class InnerModel(nn.Module):
         names: Sequence[str],
         width: int,
         aggregate: str,
+        shared: bool = False,
     ) -> None:
         """Put it together; see `DMoERM`."""
         super().__init__()
@@ -87,7 +95,8 @@ class InnerModel(nn.Module):
         self.aggregate = aggregate
         self.mixture: MoELayer | None = None
         if experts is not None:
-            parts: Any = CapabilityExperts(finish, task, experts)
+            self.register_buffer("square", torch.ones(experts.count))
+            parts: Any = CapabilityExperts(finish, task, experts, shared)
             self.mixture = MoELayer(DenseRouter(experts.count), parts, combine="concat")
             inputs = experts.count * (experts.head.shape[1] if aggregate == "hidden" else 1)
             self.combine: nn.Module = nn.Linear(inputs, 1, bias=False)
@@ -97,7 +106,7 @@ class InnerModel(nn.Module):
     @property
     def experts(self) -> LoraExperts:
         """The capability experts; without any, the task model."""
-        return self.task if self.mixture is None else self.mixture.experts.experts  # type: ignore[return-value]
+        return self.task if self.mixture is None else self.mixture.experts.used[1]  # type: ignore[index,return-value]
 
     def task_rewards(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """The task model's rewards `(B,)`."""
@@ -130,7 +139,7 @@ class InnerModel(nn.Module):
         """
         weights = torch.zeros_like(self.experts.head)
         weights[list(experts)] = 1 / len(experts)
-        row = (weights * self.heads).flatten() if self.aggregate == "hidden" else weights[:, 0]
+        row = (weights * self.heads).flatten() if self.aggregate == "hidden" else weights[:, 0] * self.square.sqrt()
         if isinstance(self.combine, nn.Linear):
             self.combine.weight[0] = row
             return
@@ -148,8 +157,17 @@ class InnerModel(nn.Module):
             return self.task_rewards(*streams)[:, None]
         states = self.states(*streams)
         scores = (states * self.heads).sum(-1)
-        reward = self.combine(states.flatten(1) if self.aggregate == "hidden" else scores)
+        reward = self.combine(states.flatten(1) if self.aggregate == "hidden" else scores / self.square.sqrt())
         return torch.cat([reward, scores], dim=1)
+
+    @torch.no_grad()
+    def follow(self, differences: Tensor) -> None:
+        """Remember by how much scores differ, so that the aggregation finds them alike.
+
+        Args:
+            differences: `(P, T)` of the scores of the two answers of P pairs.
+        """
+        self.square.lerp_(differences.square().mean(0), MOMENTUM)
 
 
 class DMoERM(Backbone):
@@ -161,7 +179,8 @@ class DMoERM(Backbone):
     - `joint`: one task model learns from all groups' pairs; all inner models start from it (not in the paper, whose
       base is large enough to learn a category by itself);
     - `task`: each inner model's LoRA learns its own group's pairs (the paper's phase 1, there a copy of the base);
-    - `capability`: T experts learn a capability each, on top of the frozen task model, their heads copies of its own;
+    - `capability`: T experts learn a capability each, on top of the frozen task model, their heads copies of its own
+      (or, where all inner models share them, of the mean of theirs);
     - `aggregate`: the MLP, or a linear map, learns the pairs, all experts frozen.
 
     With one group and no capabilities it is a single reward model with one LoRA: the twin.
@@ -180,6 +199,7 @@ class DMoERM(Backbone):
         task_rank: int = 16,
         capability_layers: int = 1,
         capability_rank: int = 8,
+        share_capabilities: bool = False,
         aggregate: Literal["hidden", "score"] = "hidden",
         aggregate_dim: int = 64,
         aggregate_start: Literal["preference", "random"] = "preference",
@@ -198,6 +218,8 @@ class DMoERM(Backbone):
             capability_layers: Last layers with the capability experts' LoRA; 0 is all. What is below runs once for
                 all of them.
             capability_rank: Their rank.
+            share_capabilities: Whether all inner models have the same experts, which then learn from all pairs; how
+                they are combined, and the task model below them, stays each one's own.
             aggregate: Whether what combines them reads the experts' last states (the released code) or their scores.
             aggregate_dim: Its hidden width, at least 2; the released code has D. 0 is a linear map in place of an MLP.
             aggregate_start: How it begins its phase: as the score of the expert of the capability `preference`, or
@@ -206,8 +228,8 @@ class DMoERM(Backbone):
 
         Raises:
             UnknownNameError: There is no such aggregate or start.
-            ValueError: There is no group, a category is in two, inner models differ in the number of capabilities, or
-                the base has other or fewer layers.
+            ValueError: There is no group, a category is in two, inner models differ in the number of capabilities or
+                are to share different ones, or the base has other or fewer layers.
             DataNotFoundError: The base is nowhere.
             CheckpointError: It has other weights.
         """
@@ -229,12 +251,20 @@ class DMoERM(Backbone):
         self.task_rank = task_rank
         self.capability_layers = capability_layers
         self.capability_rank = capability_rank
+        self.share_capabilities = share_capabilities
         self.aggregate = aggregate
         self.aggregate_dim = aggregate_dim
         self.aggregate_start = aggregate_start
         self.router_dim = router_dim
         self.group_of = stack_names(groups)
         self.prompt_body = nn.Sequential(nn.Linear(self.dim, router_dim), nn.GELU())
+        self.shared: LoraExperts | None = None
+        if share_capabilities:
+            count = len(self.capability_names)
+            rule = "takes capabilities, the same for all inner models"
+            alike = count and all(names == self.names[0] for names in self.names)
+            require(bool(alike), "share_capabilities", share_capabilities, rule)
+            self.shared = self.lora_experts(count, capability_rank, layers=capability_layers)
         inner = [self.build_inner(names) for names in self.names]
         self.outer = MoELayer(
             TopKRouter(router_dim, len(inner), 1, normalize=False),
@@ -246,10 +276,10 @@ class DMoERM(Backbone):
     def build_inner(self, names: Sequence[str]) -> InnerModel:
         """A new inner model with these capabilities."""
         task = self.lora_experts(1, self.task_rank, layers=self.task_layers)
-        experts, count = None, len(names)
-        if count:
-            experts = self.lora_experts(count, self.capability_rank, layers=self.capability_layers)
-        return InnerModel(self.finish, task, experts, names, self.aggregate_dim, self.aggregate)
+        experts, shared = self.shared, self.shared is not None
+        if names and experts is None:
+            experts = self.lora_experts(len(names), self.capability_rank, layers=self.capability_layers)
+        return InnerModel(self.finish, task, experts, names, self.aggregate_dim, self.aggregate, shared)
 
     @property
     def inner(self) -> list[InnerModel]:
@@ -292,7 +322,8 @@ class DMoERM(Backbone):
             return [parameter for model in self.inner for parameter in model.task.parameters()]
         with_experts = [model for model in self.inner if model.mixture is not None]
         parts = [model.experts if phase == CAPABILITY else model.combine for model in with_experts]
-        return [parameter for part in parts for parameter in part.parameters()]
+        # Shared ones once.
+        return list(dict.fromkeys(parameter for part in parts for parameter in part.parameters()))
 
     @torch.no_grad()
     def begin(self, phase: str) -> None:
@@ -302,8 +333,10 @@ class DMoERM(Backbone):
                 # After `joint` these are equal; without it each starts from the same untrained LoRA.
                 model.task.copy_from(self.inner[0].task)
         if phase == CAPABILITY:
-            for model in self.inner:
-                model.experts.head.copy_(model.task.head.expand_as(model.experts.head))
+            heads = [model.task.head for model in self.inner]
+            for model, head in zip(self.inner, heads, strict=True):
+                start = torch.stack(heads).mean(0) if self.share_capabilities else head
+                model.experts.head.copy_(start.expand_as(model.experts.head))
         if phase == AGGREGATE and self.aggregate_start == "preference":
             for model in self.inner:
                 model.start_from(model.own.tolist() or range(model.experts.count))
@@ -321,10 +354,12 @@ class DMoERM(Backbone):
             groups = inputs.groups[:pairs]
             wanted = preferences.gather(1, self.columns[groups])
             right = ((chosen - rejected) * wanted > 0)[wanted != 0]
-            losses = [
-                capability_loss(chosen[rows], rejected[rows], wanted[rows])
-                for rows in (groups == number for number in groups.unique())
-            ]
+            losses = []
+            for number in groups.unique().tolist():
+                rows = groups == number
+                if torch.is_grad_enabled():
+                    self.inner[number].follow(chosen[rows] - rejected[rows])
+                losses.append(capability_loss(chosen[rows], rejected[rows], wanted[rows]))
             return torch.stack(losses).sum(), right
         if phase == JOINT:
             rewards = self.inner[0].task_rewards(inputs.hidden, inputs.mask)

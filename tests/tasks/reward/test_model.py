@@ -193,8 +193,9 @@ def step(model, phase, inputs, preferences, steps=3):
         optimizer.step()
 
 
-def test_each_phase_leaves_all_else_byte_identical(bases):
-    model = dmoerm(bases["bert"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_phase_leaves_all_else_byte_identical(bases, shared):
+    model = dmoerm(bases["bert"], share_capabilities=shared)
     found = texts()
     inputs = inputs_of(model, found, [0, 1, 1, 0, 1, 1])
     preferences = torch.tensor([[1, -1], [0, 1], [-1, 0]], dtype=torch.int8)
@@ -288,6 +289,51 @@ def test_experts_that_share_a_batch_learn_as_if_alone(bases):
         assert not theirs.grad[1].any()
 
 
+def test_inner_models_may_share_their_experts(bases, tmp_path):
+    model, apart = (dmoerm(bases["bert"], share_capabilities=shared) for shared in (True, False))
+    first, second = model.inner
+    assert first.experts is second.experts and first.task is not second.task and first.combine is not second.combine
+    one = sum(p.numel() for p in first.experts.parameters())
+    assert apart.trained_parameters() - model.trained_parameters() == one
+    inputs = inputs_of(model, texts(), ROUTES)
+    preferences = torch.tensor([[1, -1], [1, 1], [-1, 0]], dtype=torch.int8)
+    stir(model)
+    model.begin("capability")
+    mean = torch.stack([first.task.head[0], second.task.head[0]]).mean(0)
+    assert all(torch.equal(head, mean) for head in first.experts.head)
+    before = first.capability_scores(inputs.hidden, inputs.mask).detach()
+    step(model, "capability", inputs_of(model, texts(), [1] * 6), preferences)
+    # What the second inner model's pairs teach, the first knows too, on top of a task model of its own.
+    after = first.capability_scores(inputs.hidden, inputs.mask).detach()
+    assert not torch.allclose(before, after, atol=1e-3)
+    assert not torch.allclose(after, second.capability_scores(inputs.hidden, inputs.mask), atol=1e-3)
+    loaded = zoo.load(zoo.save(model.eval(), tmp_path / "saved", card=CARD))
+    torch.testing.assert_close(loaded.read(inputs).reward, model.read(inputs).reward)
+    assert loaded.inner[0].experts is loaded.inner[1].experts
+    for names in ({"ground": ["length"], "kitchen": ["refusal"]}, None):
+        with pytest.raises(ValueError, match="share_capabilities=True: takes capabilities, the same for all"):
+            DMoERM(GROUPS, names, bases["bert"], share_capabilities=True)
+
+
+def test_scores_are_combined_in_units_of_what_they_differ_by(bases, monkeypatch):
+    monkeypatch.setattr("tasks.reward.model.MOMENTUM", 0.2)
+    model = stir(DMoERM(GROUPS, ["length", "refusal"], bases["bert"], aggregate="score", aggregate_dim=0))
+    inner, inputs = model.inner[0], inputs_of(model, texts(), [0] * 6)
+    preferences = torch.ones(3, 2, dtype=torch.int8)
+    differences = inner.capability_scores(inputs.hidden, inputs.mask).detach()
+    expected = (differences[:3] - differences[3:]).square().mean(0)
+    for _ in range(60):
+        model.phase_loss("capability", inputs, preferences)
+    torch.testing.assert_close(inner.square, expected, rtol=1e-2, atol=1e-4)
+    assert torch.equal(model.inner[1].square, torch.ones(2)), "it has no pair here"
+    with torch.no_grad():
+        inner.combine.weight.copy_(torch.tensor([[1.0, 0.0]]))
+        rewards = inner((inputs.hidden, inputs.mask))[:, 0]
+        model.phase_loss("capability", inputs, preferences)
+    assert (rewards[:3] - rewards[3:]).square().mean() == pytest.approx(1, rel=1e-2)
+    torch.testing.assert_close(inner.square, expected, rtol=1e-2, atol=1e-4)
+
+
 def test_groups_may_have_capabilities_of_their_own(bases):
     names = {"kitchen": ["refusal", "length"], "ground": ["length", "formatting"]}
     model = stir(DMoERM(GROUPS, names, bases["bert"]))
@@ -362,7 +408,8 @@ def test_a_checkpoint_holds_what_was_trained_alone(bases, kind, tmp_path):
     hub.verify(tmp_path / "checkpoint")
     loaded = zoo.load(tmp_path / "checkpoint")
     assert not any(name.startswith("encoder.") for name in loaded.state_dict())
-    assert sum(value.numel() for value in loaded.state_dict().values()) == model.trained_parameters()
+    counted = [value.numel() for name, value in loaded.state_dict().items() if not name.endswith(".square")]
+    assert sum(counted) == model.trained_parameters()
     with torch.no_grad():
         assert torch.equal(loaded(**found), model(**found))
 
