@@ -25,7 +25,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Subset
 
 from studies.options import add_release_options, read_options, study_parser
 from studies.release import find_run, recorded, save_released
@@ -129,6 +128,8 @@ def run(options: argparse.Namespace, one: Run) -> Row:
     facts = train(options, one, task, data)
     dataset = scored(options, one, data)
     places = sample(options, dataset.pairs) if method.sampled else list(range(len(dataset)))
+    if not method.sampled:
+        fill(task, dataset)
     return {**facts, **score(task, dataset, places)}
 
 
@@ -159,8 +160,7 @@ def train(options: argparse.Namespace, one: Run, task: RewardTask, data: StudyDa
     """Train a network; the task saves it as a checkpoint in the run's folder."""
     data.setup("fit")
     start = time.perf_counter()
-    if task.cache is not None:
-        fill(task, data)
+    fill(task, data.require("train_set"))  # type: ignore[arg-type]
     filled = time.perf_counter() - start
     timer = pl.callbacks.Timer()
     trainer = pl.Trainer(
@@ -200,13 +200,11 @@ def count_idle(model: InnerModel) -> int:
 
 
 @torch.no_grad()
-def fill(task: RewardTask, data: StudyData) -> None:
-    """Compute what the frozen layers make of the texts to learn from, unless it is kept; like lengths together."""
-    dataset: PairDataset = data.require("train_set")  # type: ignore[assignment]
-    lengths = [max(len(dataset.texts[text].ids) for text in texts) for texts in dataset.text_of.T]
-    alike = Subset(dataset, np.argsort(lengths).tolist())
-    for batch in DataLoader(alike, batch_size=data.batch_size, collate_fn=dataset.collate):
-        task.inputs(task.model, batch, dataset)
+def fill(task: RewardTask, dataset: PairDataset, batch_size: int = 32) -> None:
+    """Compute what the frozen layers make of texts, unless it is kept, or is not to be; like lengths together."""
+    order = np.argsort([len(text.ids) for text in dataset.texts]).tolist()
+    for begin in range(0, len(order) if task.store else 0, batch_size):
+        task.kept(task.store, task.model, dataset, order[begin : begin + batch_size])  # type: ignore[arg-type]
 
 
 def checkpoint(options: argparse.Namespace, one: Run) -> Path:

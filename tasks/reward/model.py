@@ -69,12 +69,14 @@ class InnerModel(nn.Module):
         task: LoRA and head of phase 1, one expert.
         mixture: The capability experts; their last states are concatenated. None without capabilities.
         own: Places of the expert of the preference, if there is one.
-        square: `(T,)`, by how much the scores of two answers differ: the running mean of the squared differences.
-        combine: Maps these states, or the experts' scores in units of that, to the reward: an MLP, or a linear map.
+        square: `(T,)`, the running mean of the squared difference of two answers' scores.
+        unit: `(T,)`, its root when the aggregation began to learn.
+        combine: Maps these states, or the experts' scores in their units, to the reward: an MLP, or a linear map.
     """
 
     own: Tensor
     square: Tensor
+    unit: Tensor
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class InnerModel(nn.Module):
         self.mixture: MoELayer | None = None
         if experts is not None:
             self.register_buffer("square", torch.ones(experts.count))
+            self.register_buffer("unit", torch.ones(experts.count))
             parts: Any = CapabilityExperts(finish, task, experts, shared)
             self.mixture = MoELayer(DenseRouter(experts.count), parts, combine="concat")
             inputs = experts.count * (experts.head.shape[1] if aggregate == "hidden" else 1)
@@ -139,7 +142,7 @@ class InnerModel(nn.Module):
         """
         weights = torch.zeros_like(self.experts.head)
         weights[list(experts)] = 1 / len(experts)
-        row = (weights * self.heads).flatten() if self.aggregate == "hidden" else weights[:, 0] * self.square.sqrt()
+        row = (weights * self.heads).flatten() if self.aggregate == "hidden" else weights[:, 0] * self.unit
         if isinstance(self.combine, nn.Linear):
             self.combine.weight[0] = row
             return
@@ -157,12 +160,12 @@ class InnerModel(nn.Module):
             return self.task_rewards(*streams)[:, None]
         states = self.states(*streams)
         scores = (states * self.heads).sum(-1)
-        reward = self.combine(states.flatten(1) if self.aggregate == "hidden" else scores / self.square.sqrt())
+        reward = self.combine(states.flatten(1) if self.aggregate == "hidden" else scores / self.unit)
         return torch.cat([reward, scores], dim=1)
 
     @torch.no_grad()
     def follow(self, differences: Tensor) -> None:
-        """Remember by how much scores differ, so that the aggregation finds them alike.
+        """Remember by how much scores differ, so that an aggregation to come finds them alike.
 
         Args:
             differences: `(P, T)` of the scores of the two answers of P pairs.
@@ -337,9 +340,11 @@ class DMoERM(Backbone):
             for model, head in zip(self.inner, heads, strict=True):
                 start = torch.stack(heads).mean(0) if self.share_capabilities else head
                 model.experts.head.copy_(start.expand_as(model.experts.head))
-        if phase == AGGREGATE and self.aggregate_start == "preference":
+        if phase == AGGREGATE:
             for model in self.inner:
-                model.start_from(model.own.tolist() or range(model.experts.count))
+                model.unit.copy_(model.square.sqrt())
+                if self.aggregate_start == "preference":
+                    model.start_from(model.own.tolist() or range(model.experts.count))
 
     def phase_loss(self, phase: str, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a phase; see `Backbone.phase_loss`."""

@@ -1,5 +1,6 @@
 """Lightning task of reward models: train them phase by phase, compare them pair by pair, score a user's answers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tasks.reward.evaluate import (
 from tasks.reward.groups import HARMLESS
 from tasks.reward.model import JOINT, DMoERM, category_numbers
 from tasks.reward.plots import plot_consistency, plot_routes
-from tasks.reward.texts import Batch, PrefixStore, fingerprint
+from tasks.reward.texts import Batch, StateStore, fingerprint, pad
 from zoo import hub
 from zoo.errors import UnknownNameError
 from zoo.report import print_table, write_metrics, write_predictions
@@ -87,8 +88,9 @@ class RewardTask(MoETask):
         self.phase_lr = phase_lr or {}
         # Plain mappings, so that Lightning saves none of them.
         self.rivals: dict[str, Backbone] = {}
-        # By the base's weights, the layer that is entered, and the texts.
-        self.stores: dict[tuple[str, int | None, TextDataset], PrefixStore] = {}
+        self.store = StateStore(None if cache == MEMORY else Path(cache)) if cache else None
+        # Names of what is kept, by the base's weights, the layer that is entered (None of prompts), and the texts.
+        self.state_names: dict[tuple[str, int | None, TextDataset], list[str]] = {}
         # Of a test, by the model's name: `(2, n)` rewards of chosen and rejected answers.
         self.rewards: dict[str, NDArray[np.float64]] = {}
         self.routes: NDArray[np.intp] = np.zeros(0, np.intp)
@@ -220,35 +222,43 @@ class RewardTask(MoETask):
 
     def states(self, model: Backbone, batch: Batch, dataset: TextDataset) -> Tensor:
         """What enters the first adapted layer, `(B, L, D)`."""
-        if self.cache is None:
+        if self.store is None:
             return model.prefix(batch.input_ids, batch.mask, batch.type_ids)
-        store = self.store(model, dataset, model.first)
-        # All of a batch or none: rounding depends on how many are computed at once.
-        if not store.has(batch.texts):
-            store.put(batch.texts, model.prefix(batch.input_ids, batch.mask, batch.type_ids))
-        return store.get(batch.texts, batch.mask.shape[1]).to(batch.mask.device)
+        names = self.kept(self.store, model, dataset, batch.texts)
+        return self.store.get(names, batch.mask.shape[1], model.dim).to(batch.mask.device)
 
     def prompt_states(self, model: Backbone, batch: Batch, dataset: TextDataset) -> Tensor:
         """What a router reads, `(P, D)`."""
-        if self.cache is None:
+        if self.store is None:
             return model.read_prompts(batch.prompt_ids, batch.prompt_mask)
-        store = self.store(model, dataset, None)
-        if not store.has(batch.prompts):
-            store.put(batch.prompts, model.read_prompts(batch.prompt_ids, batch.prompt_mask)[:, None])
-        return store.get(batch.prompts, 1)[:, 0].to(batch.mask.device)
+        names = self.kept(self.store, model, dataset, batch.prompts, of_prompts=True)
+        return self.store.get(names, 1, model.dim)[:, 0].to(batch.mask.device)
 
-    def store(self, model: Backbone, dataset: TextDataset, first: int | None) -> PrefixStore:
-        """Where states of a dataset are kept: those that enter a layer, or one of each prompt."""
+    @torch.no_grad()
+    def kept(
+        self, store: StateStore, model: Backbone, dataset: TextDataset, places: Sequence[int], of_prompts: bool = False
+    ) -> list[str]:
+        """Under which names states of some texts are kept; what is not there yet is computed.
+
+        Args:
+            store: Where.
+            model: Whose base reads them.
+            dataset: Where the texts are from.
+            places: Theirs there.
+            of_prompts: Whether prompts are meant, of which one state each is kept.
+        """
+        tokens, first = (dataset.prompts, None) if of_prompts else (dataset.texts, model.first)
         key = (model.base_sha256, first, dataset)
-        if key not in self.stores:
-            tokens = dataset.prompts if first is None else dataset.texts
-            path = None
-            if self.cache not in (None, MEMORY):
-                name = fingerprint(model.base_sha256, first, [[one.ids, one.types] for one in tokens])
-                path = Path(str(self.cache)) / f"{name}.f16"
-            lengths = [1 if first is None else len(one.ids) for one in tokens]
-            self.stores[key] = PrefixStore(lengths, model.dim, path)
-        return self.stores[key]
+        if key not in self.state_names:
+            self.state_names[key] = [fingerprint(model.base_sha256, first, one.ids, one.types) for one in tokens]
+        names = self.state_names[key]
+        if missing := [place for place in dict.fromkeys(places) if not store.has(names[place])]:
+            device = next(model.parameters()).device
+            ids, mask, types = (part.to(device) for part in pad([tokens[place] for place in missing], dataset.pad_id))
+            found = model.read_prompts(ids, mask)[:, None] if of_prompts else model.prefix(ids, mask, types)
+            lengths = [1 if of_prompts else len(tokens[place].ids) for place in missing]
+            store.put([names[place] for place in missing], lengths, found)
+        return [names[place] for place in places]
 
     # --- after fitting --------------------------------------------------------------------------------------------
 

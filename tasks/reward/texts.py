@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -215,59 +216,56 @@ class Batch:
         return len(self.rows)
 
 
-class PrefixStore:
-    """States of texts that do not change while a model learns, kept in half precision.
+class StateStore:
+    """States that do not change while models learn, in half precision, by the name of what they were made of.
 
     They are rounded when they come in, too, so that it makes no difference whether a state is new or was stored.
     """
 
-    def __init__(self, lengths: Sequence[int], dim: int, path: Path | None = None) -> None:
-        """Make room.
+    def __init__(self, folder: Path | None = None) -> None:
+        """Begin.
 
         Args:
-            lengths: Tokens of each text.
-            dim: D.
-            path: A file to keep them in beyond this process, beside one that says which are there; None is memory.
+            folder: Where to keep them beyond this process, a file each, so that several may use it; None is memory.
         """
-        self.lengths = np.asarray(lengths)
-        self.starts = np.concatenate([[0], self.lengths.cumsum()])
-        shape = (int(self.starts[-1]), dim)
-        self.states: NDArray[np.float16]
-        self.known: NDArray[np.bool_]
-        if path is None:
-            self.states, self.known = np.empty(shape, np.float16), np.zeros(len(lengths), np.bool_)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.states = _open(path, np.float16, shape)
-            self.known = _open(path.with_suffix(".known"), np.bool_, (len(lengths),))
+        self.folder = folder
+        self.memory: dict[str, NDArray[np.float16]] = {}
 
-    def has(self, texts: Sequence[int]) -> bool:
-        """Whether all of some texts are there."""
-        return bool(self.known[texts].all())
+    def path(self, folder: Path, name: str) -> Path:
+        """The file of a text."""
+        return folder / name[:2] / f"{name}.f16"
 
-    def put(self, texts: Sequence[int], hidden: Tensor) -> None:
-        """Keep `(B, L, D)`, without padding."""
+    def has(self, name: str) -> bool:
+        """Whether a text's states are there."""
+        return name in self.memory if self.folder is None else self.path(self.folder, name).is_file()
+
+    def put(self, names: Sequence[str], lengths: Sequence[int], hidden: Tensor) -> None:
+        """Keep `(B, L, D)`, of each text as many states as it is long."""
         values = hidden.detach().half().cpu().numpy()
-        for row, text in enumerate(texts):
-            if not self.known[text]:
-                start, length = self.starts[text], self.lengths[text]
-                self.states[start : start + length] = values[row, :length]
-                self.known[text] = True
+        for name, length, of in zip(names, lengths, values, strict=True):
+            if self.folder is None:
+                self.memory[name] = of[:length].copy()
+                continue
+            path = self.path(self.folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole = path.with_suffix(f".{os.getpid()}")
+            of[:length].tofile(whole)
+            whole.replace(path)
 
-    def get(self, texts: Sequence[int], length: int) -> Tensor:
-        """`(B, L, D)` float32 of some texts, zero in padding."""
-        found = np.zeros((len(texts), length, self.states.shape[1]), np.float16)
-        for row, text in enumerate(texts):
-            start, size = self.starts[text], self.lengths[text]
-            found[row, :size] = self.states[start : start + size]
+    def get(self, names: Sequence[str], length: int, dim: int) -> Tensor:
+        """`(B, L, D)` float32 of some texts, zero in padding.
+
+        Args:
+            names: B of them.
+            length: L.
+            dim: D.
+        """
+        found = np.zeros((len(names), length, dim), np.float16)
+        for row, name in zip(found, names, strict=True):
+            kept = self.memory[name] if self.folder is None else np.fromfile(self.path(self.folder, name), np.float16)
+            states = kept.reshape(-1, dim)
+            row[: len(states)] = states
         return torch.from_numpy(found).float()
-
-
-def _open(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
-    """An array in a file, of zeros where there is none yet."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    mode = "r+" if path.is_file() and path.stat().st_size == size else "w+"
-    return np.memmap(path, dtype=dtype, mode=mode, shape=shape)
 
 
 def fingerprint(*parts: Any) -> str:

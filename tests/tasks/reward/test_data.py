@@ -12,7 +12,7 @@ from tasks.reward.data import GENERATED_COUNTS, GroupSampler, RewardDataModule, 
 from tasks.reward.examples import generate_pairs
 from tasks.reward.texts import (
     LINE,
-    PrefixStore,
+    StateStore,
     encode_prompts,
     encode_texts,
     fingerprint,
@@ -240,18 +240,16 @@ def test_a_limit_keeps_prompts_together():
 
 
 def test_states_are_kept_without_padding_and_found_again(tmp_path):
-    lengths = [3, 5, 2]
     hidden = torch.randn(2, 5, 4)
-    for path in (None, tmp_path / "states.f16"):
-        store = PrefixStore(lengths, 4, path)
-        assert not store.has([1])
-        store.put([1, 0], hidden)
-        assert store.has([0, 1]) and not store.has([0, 2])
-        found = store.get([0, 1], 6)
+    for folder in (None, tmp_path / "states"):
+        store = StateStore(folder)
+        assert not store.has("long")
+        store.put(["long", "short"], [5, 3], hidden)
+        assert store.has("long") and store.has("short") and not store.has("other")
+        found = store.get(["short", "long"], 6, 4)
         assert torch.equal(found[0, :3], hidden[1, :3].half().float()) and not found[0, 3:].any()
-        assert torch.equal(found[1, :5], hidden[0].half().float())
-    again = PrefixStore(lengths, 4, tmp_path / "states.f16")
-    assert again.has([0, 1]) and torch.equal(again.get([1], 5)[0], hidden[0].half().float())
-    # Of another size it is another store, which holds nothing yet.
-    assert not PrefixStore([4], 4, tmp_path / "states.f16").has([0])
+        assert torch.equal(found[1, :5], hidden[0].half().float()) and not found[1, 5:].any()
+    again = StateStore(tmp_path / "states")
+    assert again.has("long") and torch.equal(again.get(["long"], 5, 4)[0], hidden[0].half().float())
+    assert {path.name for path in (tmp_path / "states").rglob("*.*")} == {"long.f16", "short.f16"}
     assert fingerprint("a", [1]) != fingerprint("a", [2])
