@@ -1,11 +1,12 @@
 """What reward models are worth to a real policy: best-of-n against a gold reward, and a policy that learns from picks.
 
     python -m studies.reward.policy                            run what is missing, then write the tables and the figure
-    python -m studies.reward.policy --proxies dmoerm single --seeds 0
+    python -m studies.reward.policy --proxies dmoerm single ensemble/worst --seeds 0
     python -m studies.reward.policy --only table
 
 Needs the networks that `studies.reward.study` leaves in `runs/`, those of the method `gold` among them. Answers are
-drawn once and kept in `runs/answers/`; every (proxy, seed) of the distillation is one JSON file in `results/`.
+drawn once and kept in `runs/answers/`; the rewards that a (proxy, seed) gives them, and every (proxy, seed) of the
+distillation, are JSON files in `results/`.
 """
 
 import argparse
@@ -13,14 +14,16 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from studies.options import check_names
+from studies.release import find_run
 from studies.reward.methods import GOLD, METHODS, PROXIES
-from studies.reward.study import FOLDER, SEEDS, Run, StudyData, line, load_network, numbers
+from studies.reward.study import FOLDER, SEEDS, Run, StudyData, checkpoint, line, load_network, numbers
 from studies.rows import Row, is_done, write_whole
 from tasks.reward.backbone import Backbone
 from tasks.reward.best_of_n import Curve, best_of_n_curve, mean_over_prompts, picked
@@ -28,6 +31,7 @@ from tasks.reward.data import limit_pairs
 from tasks.reward.examples import Candidate, Pair
 from tasks.reward.plots import plot_best_of_n
 from tasks.reward.policy import Answered, Policy, rate
+from zoo import hub
 from zoo.base_models import MINILM, SMOLLM2, load_tokenizer
 from zoo.comparison import Array
 from zoo.report import print_table
@@ -39,6 +43,8 @@ SPEAKER = re.compile(r"(?:user|human): ?", re.IGNORECASE)
 TURN = re.compile(r"\n(?:user|assistant|human): ?", re.IGNORECASE)
 # Characters of a prompt that the policy is asked.
 LONGEST = 300
+# Answers that are drawn at once.
+TOGETHER = 32
 
 
 def single_turns(pairs: Sequence[Pair], count: int) -> list[str]:
@@ -80,7 +86,7 @@ class Rater:
         self.random = np.random.default_rng(seeds[0])
         self.models: list[Backbone] = []
         if method not in (RANDOM, LONGER):
-            self.models = [load_network(options, Run(method, seed)) for seed in seeds]
+            self.models = [load_proxy(options, method, seed) for seed in seeds]
             self.tokenizer = load_tokenizer(options.base)
 
     def __call__(self, prompt: str, answers: Sequence[str]) -> Array:
@@ -89,9 +95,26 @@ class Rater:
             return self.random.random(len(answers))
         if self.method == LONGER:
             return np.array([len(answer) for answer in answers], dtype=np.float64)
-        candidates = [Candidate(prompt, answer) for answer in answers]
-        found: Array = np.mean([rate(model, self.tokenizer, candidates) for model in self.models], axis=0)
+        found: Array = rate(self.models, self.tokenizer, candidates_of(prompt, answers)).mean(axis=0)
         return found
+
+
+def load_proxy(options: argparse.Namespace, name: str, seed: int) -> Backbone:
+    """The network of a proxy; what follows a slash is how an ensemble is read.
+
+    Raises:
+        DataNotFoundError: It has not been run.
+    """
+    method, _, reduce = name.partition("/")
+    model = load_network(options, Run(method, seed))
+    if reduce:
+        model.reduce = reduce
+    return model
+
+
+def candidates_of(prompt: str, answers: Sequence[str]) -> list[Candidate]:
+    """Answers as they are rated."""
+    return [Candidate(prompt, answer) for answer in answers]
 
 
 # --- best of n -------------------------------------------------------------------------------------------------------
@@ -106,9 +129,22 @@ def draw_answers(options: argparse.Namespace) -> dict[str, list[str]]:
         about = {"prompt": prompt, **{name: getattr(options, name) for name in ("policy", "answers", "tokens")}}
         if not is_done(path, about):
             policy = policy or Policy(options.policy)
-            drawn = policy.sample(spoken(prompt), options.answers, options.tokens, number)
+            (drawn,) = policy.sample([spoken(prompt)], options.answers, options.tokens, number)
             write_whole(path, {**about, "drawn": [one.answer for one in drawn]})
         found[prompt] = json.loads(path.read_text())["drawn"]
+    return found
+
+
+def draw_all(
+    policy: Policy, prompts: Sequence[str], count: int, options: argparse.Namespace, seed: int
+) -> dict[str, list[Answered]]:
+    """A policy's answers to prompts, several prompts at once."""
+    found: dict[str, list[Answered]] = {}
+    size = max(1, TOGETHER // count)
+    for start in range(0, len(prompts), size):
+        asked = prompts[start : start + size]
+        drawn = policy.sample([spoken(prompt) for prompt in asked], count, options.tokens, seed + start)
+        found |= dict(zip(asked, drawn, strict=True))
     return found
 
 
@@ -118,16 +154,50 @@ def prompts_of(options: argparse.Namespace, part: str, count: int) -> list[str]:
     return single_turns(data.read(part), count)  # type: ignore[arg-type]
 
 
-def rated(options: argparse.Namespace, method: str, answers: Mapping[str, Sequence[str]]) -> list[Array]:
+def rate_missing(options: argparse.Namespace, answers: Mapping[str, Sequence[str]]) -> None:
+    """Write the rewards that every network gives to the answers, where they are not there yet: all of them at once."""
+    wanted = [*product(options.proxies, options.seeds), *product([GOLD], options.gold)]
+    paths = {one: rated_path(options, *one) for one in wanted}
+    missing = {one: path for one, path in paths.items() if not is_done(path, describe_rated(options, *one))}
+    if not missing:
+        return
+    models = [load_proxy(options, *one) for one in missing]
+    tokenizer = load_tokenizer(options.base)
+    found = [rate(models, tokenizer, candidates_of(prompt, of)) for prompt, of in answers.items()]
+    for number, (one, path) in enumerate(missing.items()):
+        write_whole(path, {**describe_rated(options, *one), "rewards": [line(of[number].tolist()) for of in found]})
+
+
+def rated_path(options: argparse.Namespace, proxy: str, seed: int) -> Path:
+    """Where the rewards of a proxy are."""
+    return Path(options.folder) / "results" / f"{options.source}.picks-{proxy.replace('/', '-')}.seed{seed}.json"
+
+
+def describe_rated(options: argparse.Namespace, proxy: str, seed: int) -> Row:
+    """What rewards are about; those of another network are not that of the proxy."""
+    folder = find_run(checkpoint(options, Run(proxy.partition("/")[0], seed)), proxy.partition("/")[0], seed)
+    names = ("source", "base", "policy", "prompts", "answers", "tokens")
+    return {
+        **{name: getattr(options, name) for name in names},
+        "proxy": proxy,
+        "seed": seed,
+        "weights": hub.info(folder).sha256,
+    }
+
+
+def rated(options: argparse.Namespace, proxy: str, seeds: Sequence[int]) -> list[Array]:
     """Rewards `(seeds, N)` of each prompt's answers."""
-    raters = [Rater(options, method, [seed]) for seed in options.seeds]
-    return [np.stack([rater(prompt, of) for rater in raters]) for prompt, of in answers.items()]
+    rows = [json.loads(rated_path(options, proxy, seed).read_text())["rewards"] for seed in seeds]
+    return [np.stack([numbers(of) for of in prompt]) for prompt in zip(*rows, strict=True)]
 
 
 def compare_picks(options: argparse.Namespace, answers: Mapping[str, Sequence[str]], gold: list[Array]) -> Row:
     """Best-of-n of all proxies on the same answers: a line per n, and how much the first is above the others."""
     sizes = [2**power for power in range(options.answers.bit_length()) if 2**power <= options.answers]
-    rewards = {name: rated(options, name, answers) for name in (*options.proxies, LONGER, RANDOM)}
+    rewards = {name: rated(options, name, options.seeds) for name in options.proxies}
+    for name in (LONGER, RANDOM):
+        rater = Rater(options, name, [0])
+        rewards[name] = [rater(prompt, of)[None] for prompt, of in answers.items()]
     curves = {name: best_of_n_curve(of, gold, sizes) for name, of in rewards.items()}
     plot_best_of_n(curves, options.folder / "best_of_n.png")
     most = [sizes[-1]]
@@ -157,7 +227,7 @@ def curve_rows(name: str, curve: Curve) -> list[Row]:
 
 
 def distil(options: argparse.Namespace, proxy: str, seed: int, first: dict[str, list[Answered]]) -> Row:
-    """Rounds of best-of-n distillation by a proxy; after each, new answers to the held-out prompts.
+    """Rounds of best-of-n distillation by a proxy; after the last, new answers to the held-out prompts.
 
     Args:
         options: The command line.
@@ -169,31 +239,23 @@ def distil(options: argparse.Namespace, proxy: str, seed: int, first: dict[str, 
     asked = prompts_of(options, "train", options.teach_prompts)
     held_out = prompts_of(options, "test", options.prompts)
     torch.manual_seed(seed)
-    rounds = []
+    losses = []
     for number in range(options.rounds):
         # Of what is drawn, so that no two draws are alike.
         start = (1 + seed * options.rounds + number) * 10_000
         drawn = {} if number else first
-        for place, prompt in enumerate(asked):
-            if prompt not in drawn:
-                drawn[prompt] = policy.sample(spoken(prompt), options.picked_from, options.tokens, start + place)
+        drawn |= draw_all(policy, [p for p in asked if p not in drawn], options.picked_from, options, start)
         lessons = [best(rater, prompt, of) for prompt, of in drawn.items()]
-        loss = policy.teach(lessons, options.teach_epochs, options.teach_lr)
-        given = {
-            prompt: policy.sample(spoken(prompt), options.judged, options.tokens, start + 5_000 + place)
-            for place, prompt in enumerate(held_out)
-        }
-        texts = {prompt: [one.answer for one in of] for prompt, of in given.items()}
-        rounds.append(
-            {
-                "loss": loss,
-                "kl": policy.kl([one for of in given.values() for one in of]),
-                "words": float(np.mean([len(text.split()) for of in texts.values() for text in of])),
-                "gold": line([float(gold(prompt, of).mean()) for prompt, of in texts.items()]),
-                "proxy": line([float(rater(prompt, of).mean()) for prompt, of in texts.items()]),
-            }
-        )
-    return {"after": rounds}
+        losses.append(policy.teach(lessons, options.teach_epochs, options.teach_lr))
+    given = draw_all(policy, held_out, options.judged, options, start + 5_000)
+    texts = {prompt: [one.answer for one in of] for prompt, of in given.items()}
+    return {
+        "losses": losses,
+        "kl": policy.kl([one for of in given.values() for one in of]),
+        "words": float(np.mean([len(text.split()) for of in texts.values() for text in of])),
+        "gold_rewards": line([float(gold(prompt, of).mean()) for prompt, of in texts.items()]),
+        "proxy_rewards": line([float(rater(prompt, of).mean()) for prompt, of in texts.items()]),
+    }
 
 
 def best(rater: Rater, prompt: str, drawn: Sequence[Answered]) -> Answered:
@@ -203,7 +265,7 @@ def best(rater: Rater, prompt: str, drawn: Sequence[Answered]) -> Answered:
 
 def distil_missing(options: argparse.Namespace) -> None:
     """Run every distillation without a row."""
-    for seed in options.seeds:
+    for seed in options.teach_seeds:
         first: dict[str, list[Answered]] = {}
         for proxy in (*options.taught, RANDOM):
             path, about = distil_path(options, proxy, seed), describe(options, proxy, seed)
@@ -240,18 +302,15 @@ def describe(options: argparse.Namespace, proxy: str, seed: int) -> Row:
 
 
 def distil_table(options: argparse.Namespace, before: Array, scale: float) -> list[Row]:
-    """A line per proxy and round: how far the policy moved, and how much the gold reward rose, with its interval."""
+    """A line per proxy: how far the policy moved, and how much the gold reward rose, with its interval."""
     lines = []
     for proxy in (*options.taught, RANDOM):
-        paths = [(distil_path(options, proxy, seed), describe(options, proxy, seed)) for seed in options.seeds]
+        paths = [(distil_path(options, proxy, seed), describe(options, proxy, seed)) for seed in options.teach_seeds]
         rows = [json.loads(path.read_text()) for path, about in paths if is_done(path, about)]
-        for number in range(options.rounds if rows else 0):
-            found = [row["after"][number] for row in rows]
-            rise = np.mean([numbers(of["gold"]) for of in found], axis=0) / scale - before
-            means = {key: float(np.mean([of[key] for of in found])) for key in ("kl", "words")}
-            lines.append(
-                {"proxy": proxy, "round": number + 1, "seeds": len(rows), **means, **mean_over_prompts(rise)._asdict()}
-            )
+        if rows:
+            rise = np.mean([numbers(of["gold_rewards"]) for of in rows], axis=0) / scale - before
+            means = {key: float(np.mean([of[key] for of in rows])) for key in ("kl", "words")}
+            lines.append({"proxy": proxy, "seeds": len(rows), **means, **mean_over_prompts(rise)._asdict()})
     return lines
 
 
@@ -261,8 +320,8 @@ def distil_table(options: argparse.Namespace, before: Array, scale: float) -> li
 def write_tables(options: argparse.Namespace) -> None:
     """Print and write the tables, and draw the figure."""
     answers = draw_answers(options)
-    rater = Rater(options, GOLD, options.gold)
-    raw = [rater(prompt, of) for prompt, of in answers.items()]
+    rate_missing(options, answers)
+    raw = [of.mean(axis=0) for of in rated(options, GOLD, options.gold)]
     # On a scale on which the answers to a prompt vary by 1.
     scale = float(np.mean([of.std() for of in raw]))
     gold = [of / scale for of in raw]
@@ -281,6 +340,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--taught", nargs="+", metavar="METHOD", help="proxies that teach; the first two by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--gold", nargs="+", type=int, default=list(SEEDS), help="seeds of the gold reward, a mean")
+    parser.add_argument("--teach-seeds", nargs="+", type=int, default=[0], help="of the distillation")
     parser.add_argument("--source", default="preference", choices=["preference", "generated"])
     parser.add_argument("--base", default=MINILM, help="of the reward models")
     parser.add_argument("--policy", default=SMOLLM2, help="the causal model that answers")
@@ -298,7 +358,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=["table"], help="teach nothing")
     options = parser.parse_args(arguments)
     options.taught = options.taught or options.proxies[:2]
-    check_names([*options.proxies, *options.taught], METHODS)
+    check_names([name.partition("/")[0] for name in (*options.proxies, *options.taught)], METHODS)
     return options
 
 

@@ -239,6 +239,29 @@ def default_capabilities(category: str) -> list[str]:
     return list(DEFAULTS.get(category, EXPLAINING))
 
 
+def capability_differences(pairs: Sequence[Pair], names: Sequence[str]) -> NDArray[np.float64]:
+    """How much more of each property the chosen answer of each pair has than the rejected one.
+
+    Args:
+        pairs: N of them.
+        names: C names in `CAPABILITIES`.
+
+    Returns:
+        `(N, C)`, in each property's own unit.
+
+    Raises:
+        UnknownNameError: There is no such property.
+    """
+    if unknown := [name for name in names if name not in CAPABILITIES]:
+        raise UnknownNameError("measurable capability", unknown[0], CAPABILITIES)
+    measures = [CAPABILITIES[name].measure for name in names]
+    differences = np.zeros((len(pairs), len(names)))
+    for row, pair in zip(differences, pairs, strict=True):
+        prompt, chosen, rejected = _cut_prompt(pair.prompt), Text(pair.chosen), Text(pair.rejected)
+        row[:] = [measure(prompt, chosen) - measure(prompt, rejected) for measure in measures]
+    return differences
+
+
 def capability_preferences(pairs: Sequence[Pair], names: Sequence[str]) -> NDArray[np.int8]:
     """Which answer of each pair has more of each property.
 
@@ -252,15 +275,6 @@ def capability_preferences(pairs: Sequence[Pair], names: Sequence[str]) -> NDArr
     Raises:
         UnknownNameError: There is no such property.
     """
-    if unknown := [name for name in names if name not in CAPABILITIES]:
-        raise UnknownNameError("measurable capability", unknown[0], CAPABILITIES)
-    wanted = [CAPABILITIES[name] for name in names]
-    preferences = np.zeros((len(pairs), len(wanted)), dtype=np.int8)
-    for row, pair in zip(preferences, pairs, strict=True):
-        prompt, chosen, rejected = _cut_prompt(pair.prompt), Text(pair.chosen), Text(pair.rejected)
-        row[:] = [_compare(one.measure(prompt, chosen), one.measure(prompt, rejected), one.margin) for one in wanted]
-    return preferences
-
-
-def _compare(chosen: float, rejected: float, margin: float) -> int:
-    return 0 if abs(chosen - rejected) < margin else 1 if chosen > rejected else -1
+    differences = capability_differences(pairs, names)
+    clear = np.abs(differences) >= [CAPABILITIES[name].margin for name in names]
+    return (np.sign(differences) * clear).astype(np.int8)

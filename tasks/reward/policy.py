@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.reward.backbone import Backbone
+from tasks.reward.backbone import Backbone, Inputs
 from tasks.reward.data import CandidateDataset
 from tasks.reward.examples import Candidate
-from tasks.reward.texts import ANSWER
+from tasks.reward.texts import ANSWER, pad
 from zoo.base_models import SMOLLM2, load_causal, load_tokenizer
 from zoo.comparison import Array
 
@@ -66,21 +66,26 @@ class Policy:
         return ids
 
     @torch.no_grad()
-    def sample(self, prompt: str, count: int, max_tokens: int = 48, seed: int = 0) -> list[Answered]:
+    def sample(self, prompts: Sequence[str], count: int, max_tokens: int = 48, seed: int = 0) -> list[list[Answered]]:
         """Answers drawn at temperature 1 from all tokens, so that their probabilities are the policy's own.
 
         Args:
-            prompt: What is asked.
-            count: How many.
+            prompts: What is asked, all at once.
+            count: How many answers to each.
             max_tokens: Tokens of an answer, which may end before it does.
             seed: Of what is drawn.
         """
-        asked = torch.tensor([self.ask(prompt)])
+        asked = [self.ask(prompt) for prompt in prompts]
+        length = max(map(len, asked))
+        ids, mask = torch.full((len(asked), length), self.end), torch.zeros(len(asked), length, dtype=torch.long)
+        for row, tokens in enumerate(asked):
+            ids[row, length - len(tokens) :] = torch.tensor(tokens)
+            mask[row, length - len(tokens) :] = 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             drawn = self.model.generate(
-                asked,
-                attention_mask=torch.ones_like(asked),
+                ids,
+                attention_mask=mask,
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
@@ -89,7 +94,11 @@ class Policy:
                 num_return_sequences=count,
                 pad_token_id=self.end,
             )
-        return [self.answered(prompt, row) for row in drawn[:, asked.shape[1] :].tolist()]
+        rows = drawn[:, length:].tolist()
+        return [
+            [self.answered(prompt, row) for row in rows[place * count : (place + 1) * count]]
+            for place, prompt in enumerate(prompts)
+        ]
 
     @property
     def end(self) -> int:
@@ -191,21 +200,49 @@ def without_lora(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def rate(
-    model: Backbone, tokenizer: Any, candidates: Sequence[Candidate], max_length: int = 256, batch_size: int = 32
+    models: Sequence[Backbone],
+    tokenizer: Any,
+    candidates: Sequence[Candidate],
+    max_length: int = 256,
+    batch_size: int = 32,
 ) -> Array:
-    """Rewards of answers.
+    """Rewards of answers, `(models, n)`; what is frozen reads each text once for all models that go on from it.
 
     Args:
-        model: The reward model.
-        tokenizer: Of its base.
-        candidates: Prompts with answers.
+        models: Reward models on the same base.
+        tokenizer: Of that.
+        candidates: n prompts with answers.
         max_length: Tokens of a text.
         batch_size: Texts at a time.
     """
     dataset = CandidateDataset(candidates, tokenizer, max_length, least_prompt=32)
-    rewards = []
+    rewards = np.zeros((len(models), len(dataset)))
+    alike: dict[int, list[int]] = {}
+    for number, model in enumerate(models):
+        alike.setdefault(model.first, []).append(number)
     for start in range(0, len(dataset), batch_size):
         rows = list(range(start, min(start + batch_size, len(dataset))))
         batch = dataset.collate(rows)
-        rewards.append(model(batch.input_ids, batch.mask, batch.type_ids, batch.prompt_ids, batch.prompt_mask))
-    return torch.cat(rewards).double().numpy()
+        unknown, prompts = torch.full((len(rows),), -1), read_prompts(models, dataset, batch.prompts)
+        for numbers in alike.values():
+            hidden = models[numbers[0]].prefix(batch.input_ids, batch.mask, batch.type_ids)
+            for number in numbers:
+                reading = models[number].read(Inputs(hidden, batch.mask, prompts, unknown))
+                rewards[number, rows] = reading.reward.double().numpy()
+    return rewards
+
+
+def read_prompts(models: Sequence[Backbone], dataset: CandidateDataset, places: Sequence[int]) -> Tensor:
+    """What the routers of some models read, `(B, D)`: each prompt once; zeros if none of them reads it.
+
+    Args:
+        models: On the same base.
+        dataset: Where the prompts are from.
+        places: Theirs there, B.
+    """
+    reader = next((model for model in models if model.reads_prompts), None)
+    if reader is None:
+        return torch.zeros(len(places), models[0].dim)
+    different, which = np.unique(places, return_inverse=True)
+    ids, mask, _ = pad([dataset.prompts[place] for place in different], dataset.pad_id)
+    return reader.read_prompts(ids, mask)[torch.from_numpy(which)]

@@ -311,13 +311,13 @@ def words(bases, folder):
     counts = {"prompts": 3, "answers": 4, "tokens": 5, "rounds": 2, "teach-prompts": 3, "picked-from": 2, "judged": 2}
     options = [text for name, count in counts.items() for text in (f"--{name}", str(count))]
     options += ["--source", "generated", "--base", bases[0], "--policy", bases[1], "--folder", str(folder)]
-    return [*options, "--proxies", "dmoerm", "single", "--seeds", "0", "--gold", "0", "1"]
+    return [*options, "--proxies", "dmoerm", "single", "ensemble/worst", "--seeds", "0", "--gold", "0", "1"]
 
 
 def test_best_of_n_and_distillation(words, folder, monkeypatch):
     policy.main(words)
     found = json.loads((folder / "policy.json").read_text())
-    proxies = ("dmoerm", "single", "longer", "random")
+    proxies = ("dmoerm", "single", "ensemble/worst", "longer", "random")
     assert [(line["model"], line["n"]) for line in found["curves"]] == [
         (name, n) for name in proxies for n in (1, 2, 4)
     ]
@@ -328,9 +328,9 @@ def test_best_of_n_and_distillation(words, folder, monkeypatch):
         own = {of["model"]: of["gold"] for of in found["curves"] if of["n"] == 4}
         other = line["compared"].removeprefix("dmoerm - ")
         assert line["mean"] == pytest.approx(own["dmoerm"] - own[other])
-    assert [(line["proxy"], line["round"]) for line in found["distillation"]] == [
-        (name, number) for name in ("dmoerm", "single", "random") for number in (1, 2)
-    ]
+    assert [line["proxy"] for line in found["distillation"]] == ["dmoerm", "single", "random"]
+    rows = [row(folder, f"picks-{name}.seed0")["rewards"] for name in ("dmoerm", "single", "ensemble-worst")]
+    assert len({len(of) for of in rows}) == 1 and len({str(of) for of in rows}) == 3
     assert all(line["seeds"] == 1 for line in found["distillation"])
     assert (folder / "best_of_n.png").is_file()
     # A second call draws and teaches nothing.
@@ -339,6 +339,10 @@ def test_best_of_n_and_distillation(words, folder, monkeypatch):
     policy.main([*words, "--only", "table"])
     with pytest.raises(ValueError, match="tokens=5"):
         policy.main([*words, "--tokens", "6"])
+    path = folder / "results/generated.picks-single.seed0.json"
+    path.write_text(path.read_text().replace('"weights": "', '"weights": "0'))
+    with pytest.raises(ValueError, match="has weights="):
+        policy.main([*words, "--only", "table"])
 
 
 def test_short_prompts_of_one_turn():

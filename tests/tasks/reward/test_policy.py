@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tasks.reward.baselines import LoraEnsemble
 from tasks.reward.examples import Candidate
 from tasks.reward.model import DMoERM
 from tasks.reward.policy import Answered, Policy, rate, without_lora
@@ -40,12 +41,14 @@ def test_likelihoods_are_those_of_the_answers_tokens(base):
 def test_samples_follow_the_seed_and_the_policys_probabilities(base):
     policy = Policy(base)
     state = torch.random.get_rng_state()
-    first, again, other = (policy.sample(PROMPT, 4, 6, seed) for seed in (0, 0, 1))
+    first, again, other = (policy.sample([PROMPT], 4, 6, seed)[0] for seed in (0, 0, 1))
     assert torch.equal(state, torch.random.get_rng_state())
     assert first == again != other and len({one.answer for one in first}) > 1
     assert all(1 <= len(one.tokens) <= 6 for one in first)
     # The first token of many answers is as frequent as it is probable.
-    drawn = policy.sample(PROMPT, 3000, 1)
+    # Also beside a longer prompt.
+    drawn = policy.sample([PROMPT, f"{PROMPT} and butter"], 3000, 1)[0]
+    assert {one.prompt for one in drawn} == {PROMPT}
     with torch.no_grad():
         likely = torch.softmax(policy.model(input_ids=torch.tensor([policy.ask(PROMPT)])).logits[0, -1], 0)
     token = int(likely.argmax())
@@ -63,7 +66,7 @@ def test_teaching_makes_answers_likelier_and_leaves_the_base(base):
     policy = Policy(base)
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
     lesson = [answered(policy, PROMPT, "use butter and salt")] * 8
-    given = policy.sample(PROMPT, 8, 4)
+    (given,) = policy.sample([PROMPT], 8, 4)
     with torch.no_grad():
         start = policy.log_likelihoods(lesson[:1]).item()
         assert policy.kl(given) == 0
@@ -76,7 +79,7 @@ def test_teaching_makes_answers_likelier_and_leaves_the_base(base):
     for name, value in policy.model.state_dict().items():
         if "lora_" not in name:
             assert torch.equal(value, before[name.replace(".base_layer", "")]), name
-    assert policy.kl(policy.sample(PROMPT, 32, 6)) > 0
+    assert policy.kl(policy.sample([PROMPT], 32, 6)[0]) > 0
     # A second lesson goes on from the first.
     count = len(policy.model.state_dict())
     policy.teach(lesson[:1], epochs=1)
@@ -85,12 +88,16 @@ def test_teaching_makes_answers_likelier_and_leaves_the_base(base):
 
 def test_rates_are_the_models_rewards(tmp_path):
     base = save_base(tmp_path)
-    model, tokenizer = stir(DMoERM(GROUPS, ["length"], base)).eval(), load_tokenizer(base)
-    candidates = [Candidate(f"user: {PROMPT}", text) for text in ("use butter", "", "take the train and the bus")]
-    found = rate(model, tokenizer, candidates, max_length=48, batch_size=2)
-    prompts, answers = [one.prompt for one in candidates], [one.answer for one in candidates]
-    for number, reward in enumerate(found):
-        texts = pad(encode_texts(prompts[number : number + 1], answers[number : number + 1], tokenizer, 48), 0)
-        asked = pad(encode_prompts(prompts[:1], tokenizer, 48), 0)
-        with torch.no_grad():
-            assert float(model(*texts, *asked[:2])) == pytest.approx(reward, abs=1e-4)
+    tokenizer = load_tokenizer(base)
+    models = [stir(DMoERM(GROUPS, ["length"], base, capability_layers=layers)).eval() for layers in (1, 2)]
+    models += [stir(LoraEnsemble(2, base=base)).eval()]
+    asked = [f"user: {PROMPT}", "user: what is the way"]
+    candidates = [Candidate(prompt, text) for prompt in asked for text in ("use butter", "", "take the train")]
+    found = rate(models, tokenizer, candidates, max_length=48, batch_size=4)
+    for model, rewards in zip(models, found, strict=True):
+        for one, reward in zip(candidates, rewards, strict=True):
+            texts = pad(encode_texts([one.prompt], [one.answer], tokenizer, 48), 0)
+            prompt = pad(encode_prompts([one.prompt], tokenizer, 48), 0)
+            with torch.no_grad():
+                assert float(model(*texts, *prompt[:2])) == pytest.approx(reward, abs=1e-4)
+    assert rate(models[2:], tokenizer, candidates, max_length=48)[0] == pytest.approx(found[2], abs=1e-4)
