@@ -44,7 +44,7 @@ class Method:
 
     Attributes:
         what: In words.
-        kind: Of `RewardTask`; `judge` learns nothing.
+        kind: Of `RewardTask`; `judge` learns nothing, `properties` is a regression on what is counted.
         network: Arguments of its class.
         epochs: Of each phase: nothing is chosen among epochs.
         task: Further arguments of `RewardTask`.
@@ -54,7 +54,7 @@ class Method:
     """
 
     what: str
-    kind: Literal["dmoerm", "ensemble", "objectives", "judge"]
+    kind: Literal["dmoerm", "ensemble", "objectives", "judge", "properties"]
     network: Mapping[str, Any] = field(default_factory=dict)
     epochs: Mapping[str, int] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
@@ -186,6 +186,7 @@ METHODS: dict[str, Method] = {
     "objectives": objectives("one LoRA, as large, with a head for the preference and one for each capability"),
     "gate": gate("one LoRA, as large, with such heads and a gate that reads the prompt and weighs them"),
     "ensemble": ensemble("five LoRAs, together as large"),
+    "properties": Method("no network: a regression on the measured properties, told the group", "properties"),
     "judge": Method("SmolLM2-135M asked for the better answer, in both orders", "judge", sampled=True),
     "layers-1": in_layers("capability LoRAs in the last layer", 1),
     "layers-2": in_layers("capability LoRAs in the last two layers", 2),
@@ -242,6 +243,7 @@ MAIN = (
     "objectives",
     "gate",
     "ensemble",
+    "properties",
     "judge",
     GOLD,
     "no-capabilities",
@@ -260,7 +262,9 @@ PAIRS = (
     ("dmoerm", "ensemble/worst"),
     ("dmoerm", "ensemble/uncertainty"),
     ("dmoerm", "longer"),
+    ("dmoerm", "properties"),
     ("dmoerm", "judge"),
+    ("dmoerm", "dmoerm/task"),
     ("dmoerm", "dmoerm/oracle"),
     ("dmoerm", "no-capabilities"),
     ("dmoerm", "one-group"),

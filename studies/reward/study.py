@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 
 from studies.options import add_release_options, read_options, study_parser
 from studies.release import find_run, recorded, save_released
-from studies.reward.methods import BASELINES, GOLD, MAIN, METHODS, PAIRS, SHOWN, TRIALS, Method
+from studies.reward.methods import BASELINES, GOLD, GROUPS, MAIN, METHODS, PAIRS, SHOWN, TRIALS, Method
+from studies.reward.properties import regress
 from studies.rows import Row, is_done, write_whole
-from tasks.reward.backbone import Backbone, Reading
+from tasks.reward.backbone import Backbone, Reading, stack_names
 from tasks.reward.baselines import REDUCTIONS, LoraEnsemble, reduce_members
 from tasks.reward.capabilities import PREFERENCE_ITSELF, capability_preferences
 from tasks.reward.data import PairDataset, RewardDataModule, limit_pairs, number_prompts
@@ -57,6 +58,8 @@ VALIDATED, VALIDATION_SEED = 0.15, 7
 TRIAL_PAIRS = 6000
 # What a released network says of what it was made with.
 TERMS = {"data_terms": "mixed, one of them states none", "weights_licence": "Apache-2.0"}
+# A reading of DMoERM without what its experts add.
+TASK_MODEL = "task"
 # What the slow ones are scored on: drawn from the part, the same for all.
 SAMPLE = "sample"
 
@@ -117,6 +120,8 @@ def run(options: argparse.Namespace, one: Run) -> Row:
     if method.kind == "judge":
         dataset = scored(options, one, data)
         return judge(CausalJudge(options.judge), sample(options, dataset.pairs), dataset)
+    if method.kind == "properties":
+        return count(data, scored(options, one, data))
     pl.seed_everything(one.seed, verbose=False)
     task = RewardTask(
         method.kind,
@@ -238,6 +243,8 @@ def score(task: RewardTask, dataset: PairDataset, places: Sequence[int], batch_s
         rewards = all_rewards(model, reading)
         if isinstance(model, DMoERM):
             own = reading
+            if (task_rewards := rewards_of_task(model, reading)) is not None:
+                rewards[TASK_MODEL] = task_rewards
             if model.reads_prompts:
                 routes += reading.route[: len(batch)].tolist()
                 own = model.read(inputs, oracle=True)
@@ -252,6 +259,14 @@ def score(task: RewardTask, dataset: PairDataset, places: Sequence[int], batch_s
         row["routes"] = line(routes)
     # Without what the frozen layers take, which is the same for all.
     return row | experts.row() | {"score_seconds": round(seconds, 1)}
+
+
+def rewards_of_task(model: DMoERM, reading: Reading) -> torch.Tensor | None:
+    """The rewards of the task models alone, which are the experts of the preference; None without these."""
+    if not all(len(inner.own) for inner in model.inner):
+        return None
+    places = torch.cat([inner.own for inner in model.inner])[reading.route]
+    return reading.scores.gather(1, places[:, None])[:, 0]
 
 
 class Experts:
@@ -295,6 +310,14 @@ def all_rewards(model: Backbone, reading: Reading) -> dict[str, torch.Tensor]:
         "" if reduce == model.reduce else reduce: reduce_members(reading.scores, reduce, model.penalty)
         for reduce in REDUCTIONS
     }
+
+
+def count(data: StudyData, dataset: PairDataset) -> Row:
+    """By how much measured properties speak for the chosen answer."""
+    data.setup("fit")
+    learned: PairDataset = data.require("train_set")  # type: ignore[assignment]
+    differences = regress(learned.pairs, dataset.pairs, stack_names(GROUPS))
+    return {"differences": {"": line(differences.tolist())}, **about(dataset.pairs, range(len(dataset)))}
 
 
 def judge(judging: CausalJudge, places: Sequence[int], dataset: PairDataset) -> Row:
@@ -373,7 +396,7 @@ def runs_of(options: argparse.Namespace, methods: Sequence[str]) -> list[Run]:
         Run(method, seed, options.part)
         for number, seed in enumerate(options.seeds)
         for method in methods
-        if not (number and METHODS[method].kind == "judge")
+        if not (number and METHODS[method].kind in ("judge", "properties"))
     ]
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import zoo
 from studies.reward import policy, study
@@ -20,6 +21,7 @@ from studies.reward.methods import (
     SHOWN,
     TRIALS,
 )
+from studies.reward.properties import regress
 from studies.reward.study import Run
 from tasks.reward.capabilities import CAPABILITIES as KNOWN
 from tasks.reward.capabilities import PREFERENCE_ITSELF
@@ -30,7 +32,7 @@ from zoo.errors import DataNotFoundError, UnknownNameError
 
 # As they are run, before they are made small.
 WHOLE = dict(METHODS)
-CHOSEN = ("dmoerm", "single", "ensemble", "judge", "gold", "layers-2")
+CHOSEN = ("dmoerm", "single", "ensemble", "properties", "judge", "gold", "layers-2")
 SEEDS = (0, 1)
 
 
@@ -106,10 +108,13 @@ def consistency(folder, method, name="", places=None):
 
 def test_each_run_has_one_row(folder):
     names = {path.name.removeprefix("generated.") for path in (folder / "results").iterdir()}
-    seeds = {f"{method}.seed{seed}.json" for method in CHOSEN for seed in SEEDS} - {"judge.seed1.json"}
+    seeds = {f"{method}.seed{seed}.json" for method in CHOSEN for seed in SEEDS} - {
+        "judge.seed1.json",
+        "properties.seed1.json",
+    }
     assert names == seeds | {"single.seed0.val.json"}
     first = row(folder, "dmoerm.seed0")
-    assert set(first["differences"]) == {"", "oracle"} and first["groups"] == list(EACH)
+    assert set(first["differences"]) == {"", "oracle", "task"} and first["groups"] == list(EACH)
     assert set(first["experts"]) == set(EACH) and set(first["experts"]["synthetic_speed"]) == {"preference", "length"}
     assert set(row(folder, "ensemble.seed0")["differences"]) == {"", "worst", "uncertainty"}
     assert first["parameters_trained"] > row(folder, "single.seed0")["parameters_trained"] > 0
@@ -153,7 +158,8 @@ def test_tables(folder):
     assert found["part"] == "test"
     lines = {line["method"]: line for line in found["all"]}
     assert set(lines) == {
-        "dmoerm", "dmoerm/oracle", "single", "ensemble", "ensemble/worst", "ensemble/uncertainty", "longer"
+        "dmoerm", "dmoerm/oracle", "dmoerm/task", "properties", "single",
+        "ensemble", "ensemble/worst", "ensemble/uncertainty", "longer",
     }  # fmt: skip
     for name, line in lines.items():
         method, _, reading = name.partition("/")
@@ -190,6 +196,33 @@ def test_scores_are_those_of_the_saved_network(folder, arguments):
     for name, values in row(folder, "dmoerm.seed0")["differences"].items():
         # There the states of the prefix were rounded.
         np.testing.assert_allclose(study.numbers(again["differences"][name]), study.numbers(values), atol=2e-2)
+
+
+def test_the_reading_of_the_task_models_is_theirs(folder, arguments):
+    options, one = study.parse(arguments()), Run("dmoerm", 0)
+    model = study.load_network(options, one).eval()
+    data = study.make_data(options, one)
+    dataset = study.scored(options, one, data)
+    task = RewardTask(pretrained=str(study.checkpoint(options, one)))
+    inputs = task.inputs(model, dataset.collate(list(range(len(dataset)))), dataset)
+    with torch.no_grad():
+        route = model.read(inputs).route
+        rewards = torch.stack([inner.task_rewards(inputs.hidden, inputs.mask) for inner in model.inner], dim=1)
+    own = rewards.gather(1, route[:, None])[:, 0]
+    values = study.numbers(row(folder, "dmoerm.seed0")["differences"]["task"])
+    np.testing.assert_allclose((own[: len(dataset)] - own[len(dataset) :]).numpy(), values, atol=2e-2)
+
+
+def test_a_regression_finds_what_a_group_goes_by():
+    pairs = []
+    for number in range(80):
+        category, more = ("a", "long") if number % 2 else ("b", "short")
+        texts = {"long": f"{'word ' * (10 + number)}end", "short": f"word {number}"}
+        other = {"long": "short", "short": "long"}[more]
+        pairs.append(study.Pair(f"user: {number}", texts[more], texts[other], category, str(number)))
+    together = regress(pairs[:60], pairs[60:], {})
+    assert (regress(pairs[:60], pairs[60:], {"a": 0, "b": 1}) > 0).all() and not (together > 0).all()
+    assert not regress(pairs[:60], [replace(pairs[60], rejected=pairs[60].chosen)], {}).any()
 
 
 def test_rows_tell_defaults_too(folder):
@@ -237,7 +270,7 @@ def test_what_is_missing_is_said(arguments, tmp_path):
 
 
 def test_methods_fit_each_other():
-    readings = {"longer", "dmoerm/oracle", "ensemble/worst", "ensemble/uncertainty"}
+    readings = {"longer", "dmoerm/oracle", "dmoerm/task", "ensemble/worst", "ensemble/uncertainty"}
     assert {name for pair in PAIRS for name in pair} | set(SHOWN) <= METHODS.keys() | readings
     assert set(MAIN) | set(PROXIES) <= METHODS.keys()
     assert {*BASELINES, *FLIPPED} <= METHODS.keys()
