@@ -1,7 +1,7 @@
 """The methods of the comparison as plain data: adapters of the same base, on the same data, in equally many steps."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -14,12 +14,14 @@ class Method:
         method: Of `MultitaskModel`.
         adapter: Arguments of its config.
         rate_of: The method whose learning rate it takes, being another setting of the same layer; "" has its own.
+        times: How many times as many steps it learns for as the others do.
     """
 
     what: str
     method: str
     adapter: Mapping[str, Any] = field(default_factory=dict)
     rate_of: str = ""
+    times: int = 1
 
 
 # Of all methods: what is added is divided by the ranks that a token uses, so that a step of Adam moves a layer equally
@@ -74,6 +76,11 @@ METHODS: dict[str, Method] = {
     "smora-k4": smora(4, rate_of="smora"),
     "smora-k32": smora(32, rate_of="smora"),
 }
+# What is released, and what plain LoRA is worth after as many steps.
+LONG, TIMES = "-long", 5
+for name in ("lora-r64", "mola-even", "smora"):
+    method = METHODS[name]
+    METHODS[name + LONG] = replace(method, what=f"{method.what}; {TIMES} times as long", rate_of=name, times=TIMES)
 
 # The table; the others run when they are named.
 MAIN = (
@@ -120,6 +127,9 @@ PAIRS = (
     ("mola-hourglass", "mola-even"),
     ("mola-diamond", "mola-even"),
     ("lora-r64", "heads"),
+    ("smora-long", "lora-r64-long"),
+    ("mola-even-long", "lora-r64-long"),
+    ("smora-long", "smora"),
 )
 # What the figure shows.
 SHOWN = ("lora-r8", "lora-r64", "moe-top1", "moe-top2", "mola-even", "smora")

@@ -27,6 +27,7 @@ import torch
 from studies.multitask.methods import (
     HEAD_RATES,
     HEADS,
+    LONG,
     MAIN,
     METHODS,
     PAIRS,
@@ -102,11 +103,16 @@ def run(options: argparse.Namespace, one: Run) -> Row:
     data = load_data(options.source, options.batch_size, options.score_limit)
     part = VAL if one.trial else TEST
     data.seed = one.seed
-    data.epoch_size = data.batch_size * (options.trial_steps if one.trial else options.steps)
+    data.epoch_size = data.batch_size * steps_of(options, one)
     task = build(options, one)
     facts = train(options, one, task, data)
     task.model.eval()
     return {**facts, **count_parameters(task.model), part: judge(task, data, part)}
+
+
+def steps_of(options: argparse.Namespace, one: Run) -> int:
+    """For how many steps a run learns."""
+    return options.trial_steps if one.trial else options.steps * METHODS[one.method].times  # type: ignore[no-any-return]
 
 
 def build(options: argparse.Namespace, one: Run) -> MultitaskTask:
@@ -256,14 +262,17 @@ def result_path(options: argparse.Namespace, one: Run) -> Path:
 
 def describe(options: argparse.Namespace, one: Run) -> Row:
     """What a row is about; one about anything else is not that of the run."""
-    names = ("source", "base", "batch_size", "score_limit", "trial_steps" if one.trial else "steps")
-    protocol = describe_data(options.source, options.batch_size)
+    names = ("source", "base", "batch_size", "score_limit")
+    setting = asdict(METHODS[one.method])
+    # Which the number of steps tells.
+    del setting["times"]
     return {
         **{name: getattr(options, name) for name in names},
-        **protocol,
+        "trial_steps" if one.trial else "steps": steps_of(options, one),
+        **describe_data(options.source, options.batch_size),
         **one._asdict(),
         **rates_of(options, one),
-        "setting": asdict(METHODS[one.method]),
+        "setting": setting,
     }
 
 
@@ -551,13 +560,14 @@ def release(options: argparse.Namespace) -> Path:
 
 def verdict(report: Report, method: str) -> str:
     """Whether a mixture paid: how far it is above LoRA of as many ranks; nothing where that has not been run."""
-    if TWIN not in report.predictions or method == TWIN:
+    twin = TWIN + LONG * method.endswith(LONG)
+    if twin not in report.predictions or method == twin:
         return ""
     key = AVERAGE_GLUE if AVERAGE_GLUE in report.metric_names() else AVERAGE
-    found = report.difference(method, TWIN, key)
-    paid = "paid" if found.low > 0 else "did not pay"
+    found = report.difference(method, twin, key)
+    paid, seeds = "paid" if found.low > 0 else "did not pay", len(report.values(method, key))
     return (
-        f"Against {METHODS[TWIN].what}, trained alike over {len(report.values(method, key))} seeds, the difference in "
+        f"Against {METHODS[twin].what}, trained alike over {seeds} seed{'s' * (seeds > 1)}, the difference in "
         f"{key} is {found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]: the mixture {paid}."
     )
 

@@ -288,6 +288,15 @@ def test_the_release_holds_adapters_and_heads_and_what_others_scored(folder):
     assert rivals["moe-top1 (recorded)"]["command"] == "python -m studies.multitask.study --seeds 0 1"
 
 
+def test_what_is_released_learns_longer_than_its_table(arguments):
+    options = study.parse(arguments())
+    for name in ("smora", "mola-even", "lora-r64"):
+        short, long = (METHODS[f"{name}{end}"] for end in ("", "-long"))
+        assert replace(long, what="", rate_of="", times=1) == replace(short, what="")
+        assert study.steps_of(options, Run(f"{name}-long", 1e-3, 0)) == 5 * study.steps_of(options, Run(name, 1e-3, 0))
+        assert study.steps_of(options, Run(f"{name}-long", 1e-3, 0, trial=True)) == options.trial_steps
+
+
 @pytest.mark.parametrize(("alike", "said"), [(True, "did not pay"), (False, "paid")])
 def test_a_verdict_is_about_plain_lora(folder, arguments, monkeypatch, alike, said):
     report = study.make_report(study.read_rows(study.parse(arguments())), study.TEST)
@@ -296,10 +305,22 @@ def test_a_verdict_is_about_plain_lora(folder, arguments, monkeypatch, alike, sa
     wrong = {name: np.full_like(of, -1) for name, of in right.items()}
     report.predictions["smora"], report.predictions["lora-r64"] = right, right if alike else wrong
     assert study.verdict(report, "smora").endswith(f"the mixture {said}.")
+    assert study.verdict(report, "smora-long") == "", "what learned as long has not been run"
+    report.predictions["smora-long"], report.predictions["lora-r64-long"] = right, right if alike else wrong
+    found = study.verdict(report, "smora-long")
+    assert METHODS["lora-r64-long"].what in found and found.endswith(f"the mixture {said}.")
 
 
 # Ranks by which alpha is divided, where they are not 8; of a single gate a quarter as many.
-ACTIVE = {"lora-r64": 64, "moe-top1": 2, "smora-k16": 16, "smora-k16-p8": 16, "smora-k4": 4, "smora-k32": 32}
+ACTIVE = {
+    "lora-r64": 64,
+    "lora-r64-long": 64,
+    "moe-top1": 2,
+    "smora-k16": 16,
+    "smora-k16-p8": 16,
+    "smora-k4": 4,
+    "smora-k32": 32,
+}
 
 
 def scales_of(model):
