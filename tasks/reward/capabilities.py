@@ -26,8 +26,9 @@ PREFERENCE_ITSELF = "preference"
 OPENING = 200
 # Shorter words say little of what a text is about.
 MIN_CONTENT = 3
-# Prompts that are kept cut up, since pairs that share one stand together.
-KEPT_PROMPTS = 64
+# Prompts that are kept cut up, since pairs that share one stand together; and answers whose scores are, since one is in
+# several pairs, which are counted in every run of a study.
+KEPT_PROMPTS, KEPT_ANSWERS = 64, 1 << 16
 
 WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+")
@@ -123,6 +124,13 @@ class Capability:
 @lru_cache(KEPT_PROMPTS)
 def _cut_prompt(prompt: str) -> Text:
     return Text(prompt)
+
+
+@lru_cache(KEPT_ANSWERS)
+def _measure(prompt: str, answer: str) -> tuple[float, ...]:
+    """The scores of an answer in all capabilities."""
+    asked, given = _cut_prompt(prompt), Text(answer)
+    return tuple(one.measure(asked, given) for one in CAPABILITIES.values())
 
 
 # --- measures --------------------------------------------------------------------------------------------------------
@@ -254,12 +262,11 @@ def capability_differences(pairs: Sequence[Pair], names: Sequence[str]) -> NDArr
     """
     if unknown := [name for name in names if name not in CAPABILITIES]:
         raise UnknownNameError("measurable capability", unknown[0], CAPABILITIES)
-    measures = [CAPABILITIES[name].measure for name in names]
-    differences = np.zeros((len(pairs), len(names)))
-    for row, pair in zip(differences, pairs, strict=True):
-        prompt, chosen, rejected = _cut_prompt(pair.prompt), Text(pair.chosen), Text(pair.rejected)
-        row[:] = [measure(prompt, chosen) - measure(prompt, rejected) for measure in measures]
-    return differences
+    asked = list(CAPABILITIES)
+    both = [[_measure(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)] for pair in pairs]
+    scores = np.array(both, dtype=np.float64).reshape(len(pairs), 2, len(asked))
+    found: NDArray[np.float64] = (scores[:, 0] - scores[:, 1])[:, [asked.index(name) for name in names]]
+    return found
 
 
 def capability_preferences(pairs: Sequence[Pair], names: Sequence[str]) -> NDArray[np.int8]:
