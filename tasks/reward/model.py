@@ -131,18 +131,26 @@ class InnerModel(nn.Module):
         """The capability experts' rewards `(B, T)`."""
         return (self.states(hidden, mask) * self.heads).sum(-1)
 
+    def start(self) -> Tensor:
+        """The linear map that is the score of the expert of the preference, or without one the mean of all scores."""
+        weights = torch.zeros_like(self.experts.head)
+        experts = self.own.tolist() or list(range(self.experts.count))
+        weights[experts] = 1 / len(experts)
+        return (weights * self.heads).flatten() if self.aggregate == "hidden" else weights[:, 0] * self.unit
+
+    def distance(self) -> Tensor:
+        """The squared distance of a linear map from its start; 0 of an MLP, which has no such form."""
+        if not isinstance(self.combine, nn.Linear):
+            return self.unit.new_zeros(())
+        return (self.combine.weight[0] - self.start().detach()).square().sum()
+
     @torch.no_grad()
-    def start_from(self, experts: Sequence[int]) -> None:
-        """Let the aggregation begin as the mean of some experts' scores; an MLP's other hidden units are not heard yet.
+    def begin(self) -> None:
+        """Let the aggregation begin as its start; an MLP's other hidden units are not heard yet.
 
         PReLU of slope s makes a number of z and -z whose difference is (1 + s) z.
-
-        Args:
-            experts: Which.
         """
-        weights = torch.zeros_like(self.experts.head)
-        weights[list(experts)] = 1 / len(experts)
-        row = (weights * self.heads).flatten() if self.aggregate == "hidden" else weights[:, 0] * self.unit
+        row = self.start()
         if isinstance(self.combine, nn.Linear):
             self.combine.weight[0] = row
             return
@@ -206,6 +214,7 @@ class DMoERM(Backbone):
         aggregate: Literal["hidden", "score"] = "hidden",
         aggregate_dim: int = 64,
         aggregate_start: Literal["preference", "random"] = "preference",
+        aggregate_decay: float = 0.0,
         router_dim: int = 128,
     ) -> None:
         """Build the model on a frozen base.
@@ -227,12 +236,14 @@ class DMoERM(Backbone):
             aggregate_dim: Its hidden width, at least 2; the released code has D. 0 is a linear map in place of an MLP.
             aggregate_start: How it begins its phase: as the score of the expert of the capability `preference`, or
                 without one as the mean of all scores; or at random (the released code).
+            aggregate_decay: Weight of the squared distance of a linear map from its start in the loss of its phase; few
+                pairs of a rare kind move it less.
             router_dim: Hidden width of the router.
 
         Raises:
             UnknownNameError: There is no such aggregate or start.
             ValueError: There is no group, a category is in two, inner models differ in the number of capabilities or
-                are to share different ones, or the base has other or fewer layers.
+                are to share different ones, the base has other or fewer layers, or an argument does not fit another.
             DataNotFoundError: The base is nowhere.
             CheckpointError: It has other weights.
         """
@@ -241,6 +252,10 @@ class DMoERM(Backbone):
         if aggregate_start not in STARTS:
             raise UnknownNameError("start of the aggregation", aggregate_start, STARTS)
         require(aggregate_dim == 0 or aggregate_dim >= 2, "aggregate_dim", aggregate_dim, "must be 0 or at least 2")
+        if aggregate_decay:
+            rule = "is for a linear map (aggregate_dim=0) that has a start (aggregate_start='preference')"
+            linear = aggregate_dim == 0 and aggregate_start == "preference" and aggregate_decay > 0
+            require(linear, "aggregate_decay", aggregate_decay, rule)
         require(len(groups) >= 1, "groups", groups, "needs at least one inner model")
         layers = 0 if 0 in (task_layers, capability_layers) else max(task_layers, capability_layers)
         super().__init__(base, base_sha256, layers)
@@ -258,6 +273,7 @@ class DMoERM(Backbone):
         self.aggregate = aggregate
         self.aggregate_dim = aggregate_dim
         self.aggregate_start = aggregate_start
+        self.aggregate_decay = aggregate_decay
         self.router_dim = router_dim
         self.group_of = stack_names(groups)
         self.prompt_body = nn.Sequential(nn.Linear(self.dim, router_dim), nn.GELU())
@@ -344,7 +360,7 @@ class DMoERM(Backbone):
             for model in self.inner:
                 model.unit.copy_(model.square.sqrt())
                 if self.aggregate_start == "preference":
-                    model.start_from(model.own.tolist() or range(model.experts.count))
+                    model.begin()
 
     def phase_loss(self, phase: str, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a phase; see `Backbone.phase_loss`."""
@@ -372,7 +388,12 @@ class DMoERM(Backbone):
             rewards = self.by_group(inputs, InnerModel.task_rewards)
         else:
             rewards = self.read(inputs, oracle=True).reward
-        return bradley_terry_loss(rewards[:pairs], rewards[pairs:]), rewards[:pairs] > rewards[pairs:]
+        loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:])
+        if phase == AGGREGATE and self.aggregate_decay:
+            groups = inputs.groups.unique().tolist()
+            distances = [self.inner[number].distance() for number in groups]
+            loss = loss + self.aggregate_decay * torch.stack(distances).mean()
+        return loss, rewards[:pairs] > rewards[pairs:]
 
     def by_group(self, inputs: Inputs, ask: Callable[[InnerModel, Tensor, Tensor], Tensor]) -> Tensor:
         """What each text's own inner model answers, `(B, ...)`."""

@@ -337,6 +337,30 @@ def test_scores_are_combined_in_units_of_what_they_differ_by(bases, monkeypatch)
     assert float(inner.unit[1]) == pytest.approx(0.2)
 
 
+def test_a_linear_aggregation_may_be_held_to_its_start(bases):
+    names = ["length", "preference"]
+    free, held = (
+        stir(DMoERM(GROUPS, names, bases["bert"], aggregate="score", aggregate_dim=0, aggregate_decay=decay))
+        for decay in (0.0, 0.3)
+    )
+    inputs, preferences = inputs_of(free, texts(), [1] * 6), torch.zeros(3, 2, dtype=torch.int8)
+    for model in (free, held):
+        model.inner[1].square.copy_(torch.tensor([4.0, 9.0]))
+        model.begin("aggregate")
+        assert model.inner[1].combine.weight.tolist() == [[0, 3]] and model.inner[1].distance() == 0
+        with torch.no_grad():
+            model.inner[1].combine.weight += torch.tensor([[2.0, -1.0]])
+            # No text is of this group.
+            model.inner[0].combine.weight += 5
+        model.apply_phase("aggregate")
+    losses = [model.phase_loss("aggregate", inputs, preferences)[0] for model in (free, held)]
+    assert (losses[1] - losses[0]).item() == pytest.approx(0.3 * 5)
+    assert held.phase_loss("task", inputs, preferences)[0] == free.phase_loss("task", inputs, preferences)[0]
+    for wrong in ({"aggregate_dim": 8}, {"aggregate_dim": 0, "aggregate_start": "random"}):
+        with pytest.raises(ValueError, match=r"aggregate_decay=0\.3: is for a linear map"):
+            DMoERM(GROUPS, names, bases["bert"], aggregate_decay=0.3, **wrong)
+
+
 def test_groups_may_have_capabilities_of_their_own(bases):
     names = {"kitchen": ["refusal", "length"], "ground": ["length", "formatting"]}
     model = stir(DMoERM(GROUPS, names, bases["bert"]))
