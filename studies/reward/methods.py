@@ -2,7 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
+
+from tasks.reward.capabilities import CAPABILITIES as MEASURED
+from tasks.reward.capabilities import PREFERENCE_ITSELF
 
 # What `python -m tasks.reward.groups` prints, the mixed group by its largest category.
 GROUPS: dict[str, list[str]] = {
@@ -23,8 +27,12 @@ GROUPS: dict[str, list[str]] = {
     "Code": ["Code"],
 }
 ONE_GROUP: dict[str, list[str]] = {"all": []}
+# Of DMoERM, and but for the preference of several objectives: all that is measured but the length, which a reward is to
+# be better than.
+CAPABILITIES = [PREFERENCE_ITSELF, *(name for name in MEASURED if name != "length")]
+# Of inner models that have experts of their own: what counts in each.
 HELPFUL = ["preference", "new_words", "formatting", "names_and_numbers", "prompt_overlap"]
-CAPABILITIES: dict[str, list[str]] = {
+OWN_CAPABILITIES: dict[str, list[str]] = {
     "Harmlessness": ["preference", "warning_words", "refusal", "polite_words", "new_words"],
     "Translation": HELPFUL,
     "HH-harmless-base": ["preference", "short_sentences", "refusal", "polite_words", "few_hedges"],
@@ -32,10 +40,6 @@ CAPABILITIES: dict[str, list[str]] = {
     "Open QA": HELPFUL,
     "Code": HELPFUL,
 }
-# Of a single inner model, and of several objectives: what counts in some group.
-ALL_CAPABILITIES = list(
-    dict.fromkeys(name for names in CAPABILITIES.values() for name in names if name != "preference")
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +70,16 @@ class Method:
 # What learns alike: the rate, and how often a baseline sees each pair.
 RATE = 1e-3
 PASSES = 2
-# Of DMoERM: epochs of each phase, the share of the pairs that only the aggregation learns from, and the rate of that,
-# which has few weights and starts from what is known.
-EPOCHS = {"router": 3, "joint": 2, "task": 2, "capability": 1, "aggregate": 8}
-SHARE = 0.1
-LAST_RATE = 1e-2
+# Of DMoERM: epochs of each phase, the share of the pairs that only the aggregation learns from, the rate of that, which
+# has few weights and starts from what is known, and how much it is held there.
+EPOCHS = {"router": 3, "joint": 2, "task": 2, "capability": 4, "aggregate": 16}
+SHARE = 0.25
+LAST_RATE, DECAY = 2e-2, 0.05
+# Of the gate, which is drawn at random but for its last layer.
+GATE_RATE = 1e-3
 RANK = 16
-# At which one LoRA, and one of five, has as many parameters that learn as DMoERM: the experts of the preference do not.
-EQUAL_RANK, MEMBER_RANK = 297, 59
+# At which one LoRA, and one of five, has as many parameters as learn in DMoERM: its expert of the preference does not.
+EQUAL_RANK, MEMBER_RANK = 264, 53
 
 
 def dmoerm(
@@ -95,7 +101,9 @@ def dmoerm(
         network: Arguments of `DMoERM` that differ.
     """
     counts = {phase: count for phase, count in {**EPOCHS, **(epochs or {})}.items() if count}
-    chosen = {"groups": GROUPS, "capabilities": CAPABILITIES, "aggregate": "score", "aggregate_dim": 0, **network}
+    aggregation = {"aggregate": "score", "aggregate_dim": 0, "aggregate_decay": DECAY}
+    experts = {"capabilities": CAPABILITIES, "share_capabilities": True, "capability_rank": RANK}
+    chosen = {"groups": GROUPS, **experts, **aggregation, **network}
     rates = {"lr": lr, "phase_lr": {"aggregate": last_lr}}
     return Method(what, "dmoerm", chosen, counts, rates, {"aggregate_share": share})
 
@@ -134,7 +142,7 @@ def objectives(what: str, lr: float = RATE, passes: int = PASSES) -> Method:
         lr: Learning rate.
         passes: How often it sees each pair.
     """
-    network = {"capabilities": ALL_CAPABILITIES, "rank": EQUAL_RANK}
+    network = {"capabilities": CAPABILITIES[1:], "rank": EQUAL_RANK}
     return Method(what, "objectives", network, {"objectives": passes}, {"lr": lr}, {"aggregate_share": 0.0})
 
 
@@ -148,7 +156,9 @@ def gate(what: str, lr: float = RATE, passes: int = PASSES) -> Method:
     """
     plain = objectives(what, lr, passes)
     epochs = {"objectives": passes, "gate": EPOCHS["aggregate"]}
-    return replace(plain, network={**plain.network, "gate": True}, epochs=epochs, data={"aggregate_share": SHARE})
+    rates = {"lr": lr, "phase_lr": {"gate": GATE_RATE}}
+    network = {**plain.network, "gate": True}
+    return replace(plain, network=network, epochs=epochs, task=rates, data={"aggregate_share": SHARE})
 
 
 def flipped(method: Method, share: float) -> Method:
@@ -159,27 +169,37 @@ def flipped(method: Method, share: float) -> Method:
 def in_layers(what: str, layers: int) -> Method:
     """Capability LoRAs in so many last layers (0 is all), learned from few pairs, since every layer is slow."""
     changes = {"groups": ONE_GROUP, "capabilities": ["preference", "new_words"], "capability_layers": layers}
-    method = dmoerm(what, {"router": 0, "task": 0, "aggregate": 2}, **changes)
+    method = dmoerm(what, {"router": 0, "task": 0, "capability": 1, "aggregate": 2}, **changes)
     return replace(method, data={**method.data, "learn": 1000}, sampled=True, cached=layers == 1)
 
 
 GOLD = "gold"
 METHODS: dict[str, Method] = {
-    "dmoerm": dmoerm("DMoERM: six inner models, five capability experts each"),
-    "no-capabilities": dmoerm("its task models alone", {"capability": 0, "aggregate": 0}, share=0.0, capabilities=None),
+    "dmoerm": dmoerm("DMoERM: six inner models, ten capability experts"),
+    "no-capabilities": dmoerm(
+        "its task models alone, from all pairs",
+        {"capability": 0, "aggregate": 0},
+        share=0.0,
+        capabilities=None,
+        share_capabilities=False,
+        aggregate_decay=0.0,
+    ),
+    "own-experts": dmoerm(
+        "each inner model has four capability experts of its own",
+        capabilities=OWN_CAPABILITIES,
+        share_capabilities=False,
+        capability_rank=8,
+    ),
     "hidden": dmoerm(
-        "an MLP combines last states in place of scores", last_lr=1e-4, aggregate="hidden", aggregate_dim=64
+        "an MLP combines last states in place of scores",
+        last_lr=1e-4,
+        aggregate="hidden",
+        aggregate_dim=64,
+        aggregate_decay=0.0,
     ),
-    "mlp": dmoerm("an MLP combines its scores", last_lr=RATE, aggregate_dim=16),
-    "random-start": dmoerm("its aggregation starts at random", aggregate_start="random"),
-    "one-group": dmoerm(
-        "one inner model with all experts, as large",
-        {"router": 0},
-        groups=ONE_GROUP,
-        capabilities=["preference", *ALL_CAPABILITIES],
-        task_rank=96,
-        capability_rank=22,
-    ),
+    "mlp": dmoerm("an MLP combines its scores", last_lr=RATE, aggregate_dim=16, aggregate_decay=0.0),
+    "random-start": dmoerm("its aggregation starts at random", aggregate_start="random", aggregate_decay=0.0),
+    "one-group": dmoerm("one inner model with all experts, as large", {"router": 0}, groups=ONE_GROUP, task_rank=104),
     "no-joint": dmoerm("its inner models learn from their own pairs alone", {"joint": 0, "task": 4}),
     "single": single(f"one LoRA of rank {RANK}", RANK),
     "single-equal": single("one LoRA, as large as DMoERM", EQUAL_RANK),
@@ -198,39 +218,32 @@ METHODS[GOLD] = single(
 )
 METHODS[GOLD] = replace(METHODS[GOLD], network={**METHODS[GOLD].network, "task_layers": 3})
 FLIPS = (0.25, 0.4)
-ROBUST = ("dmoerm", "single", "ensemble")
+# The objectives know the same capabilities as DMoERM, which wrong labels leave right.
+ROBUST = ("dmoerm", "single-equal", "objectives", "ensemble")
 FLIPPED = tuple(f"{name}-flip{round(100 * share)}" for share in FLIPS for name in ROBUST)
 for name in FLIPPED:
     method, _, percent = name.partition("-flip")
     METHODS[name] = flipped(METHODS[method], int(percent) / 100)
-# What validation chooses from, four settings of each method: three rates, and at the middle one twice as many passes,
-# of DMoERM twice as many of its inner models. Other baselines as large as it are LoRAs of the same scale in the same
-# layer and have the setting of `single-equal`. How else DMoERM may aggregate is tried apart.
-RATES = (3e-4, 1e-3, 3e-3)
-GRID = [(lr, PASSES) for lr in RATES] + [(RATE, 2 * PASSES)]
+# What validation chooses from: the same rates and passes for all, four settings of each method.
+GRID = [(lr, passes) for lr in (RATE, 3e-4) for passes in (PASSES, 2 * PASSES)]
+MAKERS = {
+    "single": partial(single, rank=RANK),
+    "single-equal": partial(single, rank=EQUAL_RANK),
+    "objectives": objectives,
+    "gate": gate,
+    "ensemble": ensemble,
+}
 TRIALS: dict[str, dict[str, Method]] = {
-    "dmoerm": {f"dmoerm.lr{lr:g}": dmoerm(f"DMoERM, rate {lr:g}", lr=lr) for lr in RATES}
-    | {"dmoerm.task4": dmoerm("DMoERM, its inner models four epochs", {"task": 4})},
-    "single": {
-        f"single.lr{lr:g}.{passes}": single(f"one LoRA of rank {RANK}, rate {lr:g}, {passes} passes", RANK, lr, passes)
+    name: {
+        f"{name}.lr{lr:g}.{passes}": make(f"{METHODS[name].what}; rate {lr:g}, {passes} passes", lr=lr, passes=passes)
         for lr, passes in GRID
-    },
-    "single-equal": {
-        f"single-equal.lr{lr:g}.{passes}": single(
-            f"one LoRA of rank {EQUAL_RANK}, rate {lr:g}, {passes} passes", EQUAL_RANK, lr, passes
-        )
-        for lr, passes in GRID
-    },
-    "hidden": {
-        f"hidden.last{lr:g}": dmoerm(
-            f"an MLP combines last states, its rate {lr:g}", last_lr=lr, aggregate="hidden", aggregate_dim=64
-        )
-        for lr in (3e-5, 1e-4)
-    },
-    "mlp": {
-        f"mlp.last{lr:g}": dmoerm(f"an MLP combines its scores, its rate {lr:g}", last_lr=lr, aggregate_dim=16)
-        for lr in (1e-3, 3e-3)
-    },
+    }
+    for name, make in MAKERS.items()
+}
+# Passes are those of the joint phase.
+TRIALS["dmoerm"] = {
+    f"dmoerm.lr{lr:g}.{passes}": dmoerm(f"DMoERM; rate {lr:g}, {passes} passes", {"joint": passes}, lr=lr)
+    for lr, passes in GRID
 }
 for trials in TRIALS.values():
     METHODS |= trials
@@ -238,6 +251,7 @@ for trials in TRIALS.values():
 # The table, over all seeds; the others run when they are named.
 MAIN = (
     "dmoerm",
+    "hidden",
     "single",
     "single-equal",
     "objectives",
@@ -268,18 +282,16 @@ PAIRS = (
     ("dmoerm", "dmoerm/oracle"),
     ("dmoerm", "no-capabilities"),
     ("dmoerm", "one-group"),
+    ("dmoerm", "own-experts"),
     ("dmoerm", "hidden"),
     ("dmoerm", "mlp"),
     ("dmoerm", "random-start"),
     ("dmoerm", "no-joint"),
-    ("dmoerm-flip25", "single-flip25"),
-    ("dmoerm-flip40", "single-flip40"),
-    ("dmoerm-flip25", "ensemble-flip25"),
-    ("dmoerm-flip40", "ensemble-flip40"),
+    *((f"dmoerm{end}", f"{name}{end}") for end in ("-flip25", "-flip40") for name in ROBUST[1:]),
     ("layers-2", "layers-1"),
     ("layers-all", "layers-1"),
 )
 # What the figure shows.
-SHOWN = ("dmoerm", "single", "objectives", "ensemble", "longer")
+SHOWN = ("dmoerm", "single-equal", "gate", "ensemble", "properties", "longer")
 # What picks answers of a policy, ours first.
-PROXIES = ("dmoerm", "single", "objectives", "ensemble")
+PROXIES = ("dmoerm", *BASELINES, "ensemble/worst", "ensemble/uncertainty")

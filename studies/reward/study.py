@@ -54,8 +54,6 @@ VAL, TEST = "val", "test"
 # Share of the training pairs that settings are chosen by, beside the few of validation; and what draws them, another
 # seed than that of what is held back for the aggregation.
 VALIDATED, VALIDATION_SEED = 0.15, 7
-# Pairs that a trial learns from, about half of the others.
-TRIAL_PAIRS = 6000
 # What a released network says of what it was made with.
 TERMS = {"data_terms": "mixed, one of them states none", "weights_licence": "Apache-2.0"}
 # A reading of DMoERM without what its experts add.
@@ -147,7 +145,7 @@ def make_data(options: argparse.Namespace, one: Run) -> StudyData:
         "seed": one.seed,
     }
     if one.part == VAL:
-        arguments |= {"validate": VALIDATED, "learn": TRIAL_PAIRS}
+        arguments |= {"validate": VALIDATED}
     return StudyData(**{**arguments, **METHODS[one.method].data})
 
 
@@ -187,12 +185,14 @@ def train(options: argparse.Namespace, one: Run, task: RewardTask, data: StudyDa
     # One group needs no router, which is there nevertheless.
     parameters = {id(p): p.numel() for phase in task.plan for p in task.model.phase_parameters(phase)}
     inner = task.model.inner if isinstance(task.model, DMoERM) else []
+    # Shared experts once.
+    different = {id(model.experts): model for model in inner}.values()
     return {
         "prefix_seconds": round(filled, 1),
         "train_seconds": round(timer.time_elapsed("train"), 1),
         "steps": trainer.global_step,
         # The expert of the preference learns nothing.
-        "parameters_trained": sum(parameters.values()) - sum(count_idle(model) for model in inner),
+        "parameters_trained": sum(parameters.values()) - sum(map(count_idle, different)),
         # Of the process until now, the runs before this one included.
         "process_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
@@ -369,7 +369,7 @@ def describe(options: argparse.Namespace, one: Run) -> Row:
     """What a row is about; one about anything else is not that of the run."""
     found = {name: getattr(options, name) for name in ("source", "base", "limit", "sample")}
     if one.part == VAL:
-        found |= {"validate": VALIDATED, "trial_pairs": TRIAL_PAIRS}
+        found |= {"validate": VALIDATED}
     return {**found, **one._asdict(), "setting": setting(METHODS[one.method])}
 
 
