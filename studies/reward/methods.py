@@ -72,14 +72,14 @@ RATE = 1e-3
 PASSES = 2
 # Of DMoERM: epochs of each phase, the share of the pairs that only the aggregation learns from, the rate of that, which
 # has few weights and starts from what is known, and how much it is held there.
-EPOCHS = {"router": 3, "joint": 2, "task": 2, "capability": 4, "aggregate": 16}
+EPOCHS = {"router": 3, "joint": 2, "task": 2, "capability": 2, "aggregate": 16}
 SHARE = 0.25
-LAST_RATE, DECAY = 2e-2, 0.05
+LAST_RATE, DECAY = 2e-2, 0.03
 # Of the gate, which is drawn at random but for its last layer.
 GATE_RATE = 1e-3
-RANK = 16
+RANK, CAPABILITY_RANK = 16, 8
 # At which one LoRA, and one of five, has as many parameters as learn in DMoERM: its expert of the preference does not.
-EQUAL_RANK, MEMBER_RANK = 264, 53
+EQUAL_RANK, MEMBER_RANK = 184, 37
 
 
 def dmoerm(
@@ -102,7 +102,7 @@ def dmoerm(
     """
     counts = {phase: count for phase, count in {**EPOCHS, **(epochs or {})}.items() if count}
     aggregation = {"aggregate": "score", "aggregate_dim": 0, "aggregate_decay": DECAY}
-    experts = {"capabilities": CAPABILITIES, "share_capabilities": True, "capability_rank": RANK}
+    experts = {"capabilities": CAPABILITIES, "share_capabilities": True, "capability_rank": CAPABILITY_RANK}
     chosen = {"groups": GROUPS, **experts, **aggregation, **network}
     rates = {"lr": lr, "phase_lr": {"aggregate": last_lr}}
     return Method(what, "dmoerm", chosen, counts, rates, {"aggregate_share": share})
@@ -188,7 +188,7 @@ METHODS: dict[str, Method] = {
         "each inner model has four capability experts of its own",
         capabilities=OWN_CAPABILITIES,
         share_capabilities=False,
-        capability_rank=8,
+        capability_rank=4,
     ),
     "hidden": dmoerm(
         "an MLP combines last states in place of scores",

@@ -139,10 +139,12 @@ class InnerModel(nn.Module):
         return (weights * self.heads).flatten() if self.aggregate == "hidden" else weights[:, 0] * self.unit
 
     def distance(self) -> Tensor:
-        """The squared distance of a linear map from its start; 0 of an MLP, which has no such form."""
-        if not isinstance(self.combine, nn.Linear):
-            return self.unit.new_zeros(())
-        return (self.combine.weight[0] - self.start().detach()).square().sum()
+        """The squared distance of a linear map from its start, but for how loud the expert of the preference is.
+
+        Task models that have learned from few pairs are too sure, so that its weight has to be free to fall.
+        """
+        moved = (self.combine.weight[0] - self.start().detach()).unflatten(0, (self.experts.count, -1))
+        return moved.index_fill(0, self.own, 0).square().sum()
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -236,8 +238,8 @@ class DMoERM(Backbone):
             aggregate_dim: Its hidden width, at least 2; the released code has D. 0 is a linear map in place of an MLP.
             aggregate_start: How it begins its phase: as the score of the expert of the capability `preference`, or
                 without one as the mean of all scores; or at random (the released code).
-            aggregate_decay: Weight of the squared distance of a linear map from its start in the loss of its phase; few
-                pairs of a rare kind move it less.
+            aggregate_decay: Weight of the squared distance of a linear map from its start in the loss of its phase, so
+                that few pairs of a rare kind move it less; how loud the expert of the preference is stays free.
             router_dim: Hidden width of the router.
 
         Raises:

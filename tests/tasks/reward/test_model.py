@@ -354,8 +354,15 @@ def test_a_linear_aggregation_may_be_held_to_its_start(bases):
             model.inner[0].combine.weight += 5
         model.apply_phase("aggregate")
     losses = [model.phase_loss("aggregate", inputs, preferences)[0] for model in (free, held)]
-    assert (losses[1] - losses[0]).item() == pytest.approx(0.3 * 5)
+    assert (losses[1] - losses[0]).item() == pytest.approx(0.3 * 4), "the preference may be as loud as it likes"
     assert held.phase_loss("task", inputs, preferences)[0] == free.phase_loss("task", inputs, preferences)[0]
+    mean = stir(DMoERM(GROUPS, ["length", "refusal"], bases["bert"], aggregate_dim=0, aggregate_decay=0.3)).inner[0]
+    mean.begin()
+    with torch.no_grad():
+        mean.combine.weight[0, ::2] += 1
+    assert mean.distance().item() == pytest.approx(mean.combine.weight.shape[1] / 2, rel=1e-4), (
+        "without one all are held"
+    )
     for wrong in ({"aggregate_dim": 8}, {"aggregate_dim": 0, "aggregate_start": "random"}):
         with pytest.raises(ValueError, match=r"aggregate_decay=0\.3: is for a linear map"):
             DMoERM(GROUPS, names, bases["bert"], aggregate_decay=0.3, **wrong)
