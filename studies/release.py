@@ -1,7 +1,7 @@
 """From the checkpoint of a study's run to one that is shipped."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -28,15 +28,20 @@ def find_run(folder: Path, method: str, seed: int) -> Path:
     return folder
 
 
-def recorded(study: str, options: argparse.Namespace, scores: Mapping[str, float]) -> hub.Result:
+def recorded(
+    study: str, options: argparse.Namespace, scores: Mapping[str, float], methods: Iterable[str] = ()
+) -> hub.Result:
     """What a card says of a study: its scores with the command that makes them.
 
     Args:
         study: Module of it, as in `studies.qa.study`.
         options: Its command line: the seeds of the table, and the commit that its rows were made on.
         scores: By their names.
+        methods: Those that they are about, where some are not run unless they are named.
     """
     command = f"python -m {study} --seeds {' '.join(map(str, options.seeds))}"
+    if named := " ".join(methods):
+        command += f" --methods {named}"
     return hub.Result(scores, command, options.commit)
 
 

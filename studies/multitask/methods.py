@@ -1,4 +1,4 @@
-"""The methods of the comparison as plain data: adapters of the same base, on the same data, in equally many steps."""
+"""The methods of the comparison as plain data: adapters of the same base, on the same data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -4,7 +4,7 @@
     python -m studies.multitask.study                         run what is missing, then write the tables and the figure
     python -m studies.multitask.study --methods smora lora-r64 --seeds 0 1
     python -m studies.multitask.study --only table            only write them
-    python -m studies.multitask.study --release smora --seed 0 --commit COMMIT --out FOLDER    a run as a checkpoint
+    python -m studies.multitask.study --release smora-long --seed 0 --commit COMMIT --out FOLDER   a run as a checkpoint
 
 Every (method, seed) is one JSON file in `results/`, every trial of a rate one in `trials/`; what has one is not run
 again. Rates are chosen by half of what is held out of four tasks; the other half is tested beside their test part.
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace, one: Run) -> Row:
 
 def steps_of(options: argparse.Namespace, one: Run) -> int:
     """For how many steps a run learns."""
-    return options.trial_steps if one.trial else options.steps * METHODS[one.method].times  # type: ignore[no-any-return]
+    return int(options.trial_steps) if one.trial else int(options.steps) * METHODS[one.method].times
 
 
 def build(options: argparse.Namespace, one: Run) -> MultitaskTask:
@@ -546,14 +546,15 @@ def release(options: argparse.Namespace) -> Path:
     """One run as a checkpoint in half precision, whose metadata hold the results of all other methods."""
     (one,) = [run for run in runs_of(options, [options.release]) if run.seed == options.seed]
     folder = find_run(checkpoint(options, one), one.method, one.seed)
-    report = make_report(read_rows(options), TEST)
+    rows = read_rows(options)
+    report = make_report(rows, TEST)
     rivals = {
         f"{method}/{key}": value
         for method in report.predictions
         if method != MAJORITY
         for key, value in report.metrics(method).items()
     }
-    results = [recorded("studies.multitask.study", options, rivals)]
+    results = [recorded("studies.multitask.study", options, rivals, rows)]
     card = replace(hub.info(folder).card, results=results, verdict=verdict(report, one.method), **TERMS)
     return save_released(hub.load_as(folder, MultitaskModel), folder, options.out, card)
 

@@ -31,6 +31,7 @@ from tasks.reward.data import limit_pairs
 from tasks.reward.examples import Candidate, Pair
 from tasks.reward.plots import plot_best_of_n
 from tasks.reward.policy import Answered, Policy, rate
+from tasks.reward.texts import fingerprint
 from zoo import hub
 from zoo.base_models import MINILM, SMOLLM2, load_tokenizer
 from zoo.comparison import Array
@@ -157,37 +158,50 @@ def prompts_of(options: argparse.Namespace, part: str, count: int) -> list[str]:
 def rate_missing(options: argparse.Namespace, answers: Mapping[str, Sequence[str]]) -> None:
     """Write the rewards that every network gives to the answers, where they are not there yet: all of them at once."""
     wanted = [*product(options.proxies, options.seeds), *product([GOLD], options.gold)]
-    paths = {one: rated_path(options, *one) for one in wanted}
-    missing = {one: path for one, path in paths.items() if not is_done(path, describe_rated(options, *one))}
+    abouts = {one: describe_rated(options, *one, answers) for one in wanted}
+    missing = {one: about for one, about in abouts.items() if not is_done(row_path(options, "picks", *one), about)}
     if not missing:
         return
     models = [load_proxy(options, *one) for one in missing]
     tokenizer = load_tokenizer(options.base)
     found = [rate(models, tokenizer, candidates_of(prompt, of)) for prompt, of in answers.items()]
-    for number, (one, path) in enumerate(missing.items()):
-        write_whole(path, {**describe_rated(options, *one), "rewards": [line(of[number].tolist()) for of in found]})
+    for number, (one, about) in enumerate(missing.items()):
+        rewards = [line(of[number].tolist()) for of in found]
+        write_whole(row_path(options, "picks", *one), {**about, "rewards": rewards})
 
 
-def rated_path(options: argparse.Namespace, proxy: str, seed: int) -> Path:
-    """Where the rewards of a proxy are."""
-    return Path(options.folder) / "results" / f"{options.source}.picks-{proxy.replace('/', '-')}.seed{seed}.json"
+def row_path(options: argparse.Namespace, what: str, proxy: str, seed: int) -> Path:
+    """Where a row is: `picks` or `distil`."""
+    return Path(options.folder) / "results" / f"{options.source}.{what}-{proxy.replace('/', '-')}.seed{seed}.json"
 
 
-def describe_rated(options: argparse.Namespace, proxy: str, seed: int) -> Row:
-    """What rewards are about; those of another network are not that of the proxy."""
-    folder = find_run(checkpoint(options, Run(proxy.partition("/")[0], seed)), proxy.partition("/")[0], seed)
+def weights_of(options: argparse.Namespace, proxy: str, seed: int) -> str:
+    """The hash of a proxy's network; nothing of a pick that needs none.
+
+    Raises:
+        DataNotFoundError: It has not been run.
+    """
+    if proxy in (RANDOM, LONGER):
+        return ""
+    method = proxy.partition("/")[0]
+    return hub.info(find_run(checkpoint(options, Run(method, seed)), method, seed)).sha256
+
+
+def describe_rated(options: argparse.Namespace, proxy: str, seed: int, answers: Mapping[str, Sequence[str]]) -> Row:
+    """What rewards are about; those of another network, or of other answers, are not that of the proxy."""
     names = ("source", "base", "policy", "prompts", "answers", "tokens")
     return {
         **{name: getattr(options, name) for name in names},
         "proxy": proxy,
         "seed": seed,
-        "weights": hub.info(folder).sha256,
+        "weights": weights_of(options, proxy, seed),
+        "drawn": fingerprint(answers),
     }
 
 
 def rated(options: argparse.Namespace, proxy: str, seeds: Sequence[int]) -> list[Array]:
     """Rewards `(seeds, N)` of each prompt's answers."""
-    rows = [json.loads(rated_path(options, proxy, seed).read_text())["rewards"] for seed in seeds]
+    rows = [json.loads(row_path(options, "picks", proxy, seed).read_text())["rewards"] for seed in seeds]
     return [np.stack([numbers(of) for of in prompt]) for prompt in zip(*rows, strict=True)]
 
 
@@ -240,14 +254,14 @@ def distil(options: argparse.Namespace, proxy: str, seed: int, first: dict[str, 
     held_out = prompts_of(options, "test", options.prompts)
     torch.manual_seed(seed)
     losses = []
-    for number in range(options.rounds):
-        # Of what is drawn, so that no two draws are alike.
-        start = (1 + seed * options.rounds + number) * 10_000
+    # Of what is drawn, so that no two draws are alike.
+    starts = [(1 + seed * (options.rounds + 1) + number) * 10_000 for number in range(options.rounds + 1)]
+    for number, start in enumerate(starts[:-1]):
         drawn = {} if number else first
         drawn |= draw_all(policy, [p for p in asked if p not in drawn], options.picked_from, options, start)
         lessons = [best(rater, prompt, of) for prompt, of in drawn.items()]
         losses.append(policy.teach(lessons, options.teach_epochs, options.teach_lr))
-    given = draw_all(policy, held_out, options.judged, options, start + 5_000)
+    given = draw_all(policy, held_out, options.judged, options, starts[-1])
     texts = {prompt: [one.answer for one in of] for prompt, of in given.items()}
     return {
         "losses": losses,
@@ -268,18 +282,13 @@ def distil_missing(options: argparse.Namespace) -> None:
     for seed in options.teach_seeds:
         first: dict[str, list[Answered]] = {}
         for proxy in (*options.taught, RANDOM):
-            path, about = distil_path(options, proxy, seed), describe(options, proxy, seed)
+            path, about = row_path(options, "distil", proxy, seed), describe(options, proxy, seed)
             if is_done(path, about):
                 continue
             print(f"{options.source}, distillation by {proxy}, seed {seed}", flush=True)
             start = time.perf_counter()
             row = distil(options, proxy, seed, first)
             write_whole(path, {**about, "seconds": round(time.perf_counter() - start, 1), **row})
-
-
-def distil_path(options: argparse.Namespace, proxy: str, seed: int) -> Path:
-    """Where the row of a distillation is."""
-    return Path(options.folder) / "results" / f"{options.source}.distil-{proxy}.seed{seed}.json"
 
 
 def describe(options: argparse.Namespace, proxy: str, seed: int) -> Row:
@@ -298,15 +307,23 @@ def describe(options: argparse.Namespace, proxy: str, seed: int) -> Row:
         "picked_from",
         "judged",
     )
-    return {name: getattr(options, name) for name in names} | {"proxy": proxy, "seed": seed}
+    return {
+        **{name: getattr(options, name) for name in names},
+        "together": TOGETHER,
+        "proxy": proxy,
+        "seed": seed,
+        "weights": weights_of(options, proxy, seed),
+        "gold_weights": [weights_of(options, GOLD, number) for number in options.gold],
+    }
 
 
 def distil_table(options: argparse.Namespace, before: Array, scale: float) -> list[Row]:
     """A line per proxy: how far the policy moved, and how much the gold reward rose, with its interval."""
     lines = []
     for proxy in (*options.taught, RANDOM):
-        paths = [(distil_path(options, proxy, seed), describe(options, proxy, seed)) for seed in options.teach_seeds]
-        rows = [json.loads(path.read_text()) for path, about in paths if is_done(path, about)]
+        paths = {seed: row_path(options, "distil", proxy, seed) for seed in options.teach_seeds}
+        done = [path for seed, path in paths.items() if is_done(path, describe(options, proxy, seed))]
+        rows = [json.loads(path.read_text()) for path in done]
         if rows:
             rise = np.mean([numbers(of["gold_rewards"]) for of in rows], axis=0) / scale - before
             means = {key: float(np.mean([of[key] for of in rows])) for key in ("kl", "words")}
@@ -352,7 +369,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--teach-epochs", type=int, default=4, help="of a round")
     parser.add_argument("--teach-lr", type=float, default=1e-3, help="of a round")
     parser.add_argument("--picked-from", type=int, default=8, help="answers to each of them")
-    parser.add_argument("--judged", type=int, default=4, help="answers to each held-out prompt after a round")
+    parser.add_argument("--judged", type=int, default=4, help="answers to each held-out prompt after the last")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where results/ and runs/ are")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--only", choices=["table"], help="teach nothing")

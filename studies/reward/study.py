@@ -368,9 +368,14 @@ def result_path(options: argparse.Namespace, one: Run) -> Path:
 def describe(options: argparse.Namespace, one: Run) -> Row:
     """What a row is about; one about anything else is not that of the run."""
     found = {name: getattr(options, name) for name in ("source", "base", "limit", "sample")}
+    method = METHODS[one.method]
     if one.part == VAL:
-        found |= {"validate": VALIDATED}
-    return {**found, **one._asdict(), "setting": setting(METHODS[one.method])}
+        found["validate"] = VALIDATED
+    if method.kind == "judge":
+        found["judge"] = options.judge
+    if method.data.get("held_out"):
+        found["gold_limit"] = options.gold_limit
+    return {**found, **one._asdict(), "setting": setting(method)}
 
 
 def setting(method: Method) -> Row:

@@ -298,14 +298,16 @@ def check_options(options: Sequence[str], tokenizer: Any, max_length: int) -> No
         tokenizer: Of the base.
         max_length: Tokens of a row.
     """
-    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
-    for option in dict.fromkeys(options):
-        tokens = len(tokenizer(option, add_special_tokens=False)["input_ids"])
-        if tokens >= room:
-            raise ValueError(
-                f"max_length={max_length} leaves no room for a text beside the option {option[:60]!r} of {tokens} "
-                "tokens: raise data.max_length."
-            )
+    if not options:
+        return
+    room, different = max_length - tokenizer.num_special_tokens_to_add(pair=True), list(dict.fromkeys(options))
+    pieces = tokenizer(different, add_special_tokens=False)["input_ids"]
+    option, longest = max(zip(different, pieces, strict=True), key=lambda found: len(found[1]))
+    if len(longest) >= room:
+        raise ValueError(
+            f"max_length={max_length} leaves no room for a text beside the option {option[:60]!r} of {len(longest)} "
+            "tokens: raise data.max_length."
+        )
 
 
 def asking(options: Sequence[str]) -> str:

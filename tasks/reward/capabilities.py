@@ -206,46 +206,6 @@ CAPABILITIES: Mapping[str, Capability] = {
     "polite_words": Capability("has more words of politeness", TENTH, _polite_words),
 }
 
-# Of `default_capabilities`.
-EXPLAINING = ["new_words", "formatting", "names_and_numbers", "prompt_overlap", "short_sentences"]
-WRITING = ["new_words", "formatting", "names_and_numbers", "prompt_overlap", "no_repetition"]
-DECLINING = ["warning_words", "refusal", "polite_words", "new_words", "no_repetition"]
-CONVERSING = ["short_sentences", "refusal", "polite_words", "few_hedges", "no_repetition"]
-DEFAULTS: Mapping[str, list[str]] = {
-    "Translation": WRITING,
-    "Role Playing": WRITING,
-    "Generation": WRITING,
-    "Brainstorming": WRITING,
-    "Harmlessness": DECLINING,
-    "HH-harmless-base": CONVERSING,
-}
-
-
-def default_capabilities(category: str) -> list[str]:
-    """The five properties that a category's experts learn if none are named.
-
-    As in the paper, kinds of tasks differ in what counts. A list holds the five that people's choices in the training
-    pairs of its categories follow most: the share of pairs that a property decides rightly, less the share that it
-    decides wrongly.
-
-    - Questions, code, reasoning, chat, and categories that are not known here: people prefer answers that say more
-      (new words, names and numbers), are laid out in parts, stay with the question and are easy to read.
-    - Writing (Translation, Role Playing, Generation, Brainstorming): the same, but repetition costs more than long
-      sentences do.
-    - Harmlessness: to decline, to warn and to be polite; beyond that, answers that explain without repeating.
-    - HH-harmless-base, short turns of a conversation: the same, but people prefer short and plain sentences, and
-      further words do not help.
-
-    `length` is in none of them: it is the baseline that a reward has to beat, and experts should not learn it as such.
-
-    Args:
-        category: Of the pairs; one of a user's own gets the first list.
-
-    Returns:
-        Names in `CAPABILITIES`.
-    """
-    return list(DEFAULTS.get(category, EXPLAINING))
-
 
 def capability_differences(pairs: Sequence[Pair], names: Sequence[str]) -> NDArray[np.float64]:
     """How much more of each property the chosen answer of each pair has than the rejected one.

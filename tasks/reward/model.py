@@ -24,8 +24,10 @@ PHASES = (ROUTER, JOINT, TASK, CAPABILITY, AGGREGATE)
 AGGREGATES = ("hidden", "score")
 STARTS = ("preference", "random")
 
-# How fast the running mean square of a score's differences follows them.
+# How fast the mean square of a score's differences follows them, once it is the plain mean of as many batches.
 MOMENTUM = 0.02
+# The least unit that scores are divided by.
+LEAST_UNIT = 1e-4
 
 Finish = Callable[[Tensor, Tensor, Sequence[LoraExperts]], Tensor]
 
@@ -69,13 +71,14 @@ class InnerModel(nn.Module):
         task: LoRA and head of phase 1, one expert.
         mixture: The capability experts; their last states are concatenated. None without capabilities.
         own: Places of the expert of the preference, if there is one.
-        square: `(T,)`, the running mean of the squared difference of two answers' scores.
+        square: `(T,)`, the running mean of the squared difference of two answers' scores, and of how many batches.
         unit: `(T,)`, its root when the aggregation began to learn.
         combine: Maps these states, or the experts' scores in their units, to the reward: an MLP, or a linear map.
     """
 
     own: Tensor
     square: Tensor
+    batches: Tensor
     unit: Tensor
 
     def __init__(
@@ -98,6 +101,7 @@ class InnerModel(nn.Module):
         self.mixture: MoELayer | None = None
         if experts is not None:
             self.register_buffer("square", torch.ones(experts.count))
+            self.register_buffer("batches", torch.zeros((), dtype=torch.long))
             self.register_buffer("unit", torch.ones(experts.count))
             parts: Any = CapabilityExperts(finish, task, experts, shared)
             self.mixture = MoELayer(DenseRouter(experts.count), parts, combine="concat")
@@ -180,7 +184,8 @@ class InnerModel(nn.Module):
         Args:
             differences: `(P, T)` of the scores of the two answers of P pairs.
         """
-        self.square.lerp_(differences.square().mean(0), MOMENTUM)
+        self.batches += 1
+        self.square.lerp_(differences.square().mean(0), max(MOMENTUM, 1 / self.batches.item()))
 
 
 class DMoERM(Backbone):
@@ -254,10 +259,11 @@ class DMoERM(Backbone):
         if aggregate_start not in STARTS:
             raise UnknownNameError("start of the aggregation", aggregate_start, STARTS)
         require(aggregate_dim == 0 or aggregate_dim >= 2, "aggregate_dim", aggregate_dim, "must be 0 or at least 2")
+        require(aggregate_decay >= 0, "aggregate_decay", aggregate_decay, "must not be negative")
         if aggregate_decay:
-            rule = "is for a linear map (aggregate_dim=0) that has a start (aggregate_start='preference')"
-            linear = aggregate_dim == 0 and aggregate_start == "preference" and aggregate_decay > 0
-            require(linear, "aggregate_decay", aggregate_decay, rule)
+            rule = "is for a linear map of capabilities (aggregate_dim=0) with a start (aggregate_start='preference')"
+            held = bool(capabilities) and aggregate_dim == 0 and aggregate_start == "preference"
+            require(held, "aggregate_decay", aggregate_decay, rule)
         require(len(groups) >= 1, "groups", groups, "needs at least one inner model")
         layers = 0 if 0 in (task_layers, capability_layers) else max(task_layers, capability_layers)
         super().__init__(base, base_sha256, layers)
@@ -360,7 +366,7 @@ class DMoERM(Backbone):
                 model.experts.head.copy_(start.expand_as(model.experts.head))
         if phase == AGGREGATE:
             for model in self.inner:
-                model.unit.copy_(model.square.sqrt())
+                model.unit.copy_(model.square.sqrt().clamp(min=LEAST_UNIT))
                 if self.aggregate_start == "preference":
                     model.begin()
 

@@ -214,9 +214,14 @@ def rate(
         candidates: n prompts with answers.
         max_length: Tokens of a text.
         batch_size: Texts at a time.
+
+    Raises:
+        ValueError: Their bases differ.
     """
     dataset = CandidateDataset(candidates, tokenizer, max_length, least_prompt=32)
     rewards = np.zeros((len(models), len(dataset)))
+    if len({model.base_sha256 for model in models}) > 1:
+        raise ValueError("The models are built on different bases, so that they cannot read texts together.")
     alike: dict[int, list[int]] = {}
     for number, model in enumerate(models):
         alike.setdefault(model.first, []).append(number)

@@ -84,7 +84,6 @@ class RewardTask(MoETask):
         self.pretrained = pretrained
         self.epochs = epochs or {}
         self.rival_names = rivals or {}
-        self.cache = cache
         self.phase_lr = phase_lr or {}
         # Plain mappings, so that Lightning saves none of them.
         self.rivals: dict[str, Backbone] = {}

@@ -247,6 +247,9 @@ class StateStore:
                 self.memory[name] = of[:length].copy()
                 continue
             path = self.path(self.folder, name)
+            if path.is_file():
+                # Another process has read it meanwhile, in another batch, where sums round otherwise.
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
             whole = path.with_suffix(f".{os.getpid()}")
             of[:length].tofile(whole)

@@ -285,7 +285,9 @@ def test_the_release_holds_adapters_and_heads_and_what_others_scored(folder):
     rivals = {of["method"]: of for of in recorded_rivals(folder / "released", ["average"])}
     assert set(rivals) == {"moe-top1 (recorded)", "smora (recorded)"}
     assert rivals["moe-top1 (recorded)"]["average"] == pytest.approx(average(folder, "moe-top1"))
-    assert rivals["moe-top1 (recorded)"]["command"] == "python -m studies.multitask.study --seeds 0 1"
+    assert rivals["moe-top1 (recorded)"]["command"] == (
+        f"python -m studies.multitask.study --seeds 0 1 --methods {' '.join(CHOSEN)}"
+    )
 
 
 def test_what_is_released_learns_longer_than_its_table(arguments):

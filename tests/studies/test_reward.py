@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import zoo
 from studies.reward import policy, study
@@ -281,6 +283,15 @@ def test_methods_fit_each_other():
     assert {**flipped.data, "flip": 0.0} == {**METHODS["dmoerm"].data, "flip": 0.0} and flipped.data["flip"] == 0.4
 
 
+def test_the_shipped_configs_are_those_of_the_study():
+    for stem, name in (("dmoerm-minilm", "dmoerm"), ("single", "single-equal")):
+        written = yaml.safe_load(Path(f"configs/reward/{stem}.yaml").read_text())
+        model, data, method = written["model"]["init_args"], written["data"]["init_args"], WHOLE[name]
+        assert model["network"] == method.network and model["epochs"] == method.epochs
+        assert model.get("phase_lr", {}) == method.task.get("phase_lr", {})
+        assert data["aggregate_share"] == method.data["aggregate_share"]
+
+
 def size(dim=384, hidden=1536, name="dmoerm"):
     """Parameters of a method that learn, on a base as wide as MiniLM."""
     network = WHOLE[name].network
@@ -368,9 +379,15 @@ def test_best_of_n_and_distillation(words, folder, monkeypatch):
     policy.main([*words, "--only", "table"])
     with pytest.raises(ValueError, match="tokens=5"):
         policy.main([*words, "--tokens", "6"])
-    path = folder / "results/generated.picks-single.seed0.json"
-    path.write_text(path.read_text().replace('"weights": "', '"weights": "0'))
-    with pytest.raises(ValueError, match="has weights="):
+    for name in ("distil-random", "distil-single", "picks-single"):
+        path = folder / f"results/generated.{name}.seed0.json"
+        path.write_text(path.read_text().replace('weights": "', 'weights": "0'))
+        with pytest.raises(ValueError, match="has weights="):
+            policy.main([*words, "--only", "table"])
+        path.write_text(path.read_text().replace('weights": "0', 'weights": "'))
+    path = folder / "runs/answers/generated.0.json"
+    path.write_text(path.read_text().replace('"drawn": [', '"drawn": ["another one",'))
+    with pytest.raises(ValueError, match="has drawn="):
         policy.main([*words, "--only", "table"])
 
 

@@ -1,20 +1,16 @@
 """Measured properties: what each counts, when it decides, and what people's choices say about the default lists."""
 
 import math
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tasks.reward.capabilities import (
     CAPABILITIES,
-    DEFAULTS,
     capability_preferences,
-    default_capabilities,
 )
-from tasks.reward.examples import Pair, read_preference
+from tasks.reward.examples import Pair
 from zoo.errors import UnknownNameError
 
 PLAIN = "The cat sat on the mat and looked at the river below the old house."
@@ -109,28 +105,3 @@ def test_every_property_can_measure_anything() -> None:
 def test_a_name_that_is_not_there() -> None:
     with pytest.raises(UnknownNameError, match=r"measurable capability 'formating'. Did you mean 'formatting'"):
         capability_preferences(pairs(), ["length", "formating"])
-
-
-def test_default_lists_are_five_names_each_and_fresh() -> None:
-    for category in (*DEFAULTS, "Open QA", "my own", ""):
-        names = default_capabilities(category)
-        assert len(set(names)) == len(names) == 5 and set(names) <= set(CAPABILITIES) - {"length"}
-        names.clear()
-        assert len(default_capabilities(category)) == 5
-
-
-@pytest.mark.skipif("MOE_ZOO_DATA" not in os.environ, reason="needs the development data")
-def test_people_follow_the_default_lists_most() -> None:
-    """On an eighth of the training pairs: rightly less wrongly decided ones, listed properties against the others."""
-    root = Path(os.environ["MOE_ZOO_DATA"]) / "preference"
-    found = [pair for goal in ("helpful", "harmless") for pair in read_preference(root / f"{goal}_train.parquet")[::8]]
-    names = [name for name in CAPABILITIES if name != "length"]
-    table = capability_preferences(found, names)
-    lists: dict[tuple[str, ...], list[int]] = {}
-    for place, pair in enumerate(found):
-        lists.setdefault(tuple(default_capabilities(pair.category)), []).append(place)
-    assert len(lists) == 4
-    for listed, places in lists.items():
-        gains = dict(zip(names, table[places].mean(axis=0), strict=True))
-        rest = [gains[name] for name in names if name not in listed]
-        assert np.mean([gains[name] for name in listed]) > max(0, *rest), gains
