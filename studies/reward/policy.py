@@ -26,6 +26,7 @@ from studies.reward.methods import GOLD, METHODS, PROXIES
 from studies.reward.study import FOLDER, SEEDS, Run, StudyData, checkpoint, line, load_network, numbers
 from studies.rows import Row, is_done, write_whole
 from tasks.reward.backbone import Backbone
+from tasks.reward.baselines import REDUCTIONS
 from tasks.reward.best_of_n import Curve, best_of_n_curve, mean_over_prompts, picked
 from tasks.reward.data import limit_pairs
 from tasks.reward.examples import Candidate, Pair
@@ -375,7 +376,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=["table"], help="teach nothing")
     options = parser.parse_args(arguments)
     options.taught = options.taught or options.proxies[:2]
-    check_names([name.partition("/")[0] for name in (*options.proxies, *options.taught)], METHODS)
+    readings = [f"{name}/{reduce}" for name, of in METHODS.items() if of.kind == "ensemble" for reduce in REDUCTIONS]
+    check_names([*options.proxies, *options.taught], [*METHODS, *readings])
     return options
 
 

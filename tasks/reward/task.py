@@ -224,14 +224,15 @@ class RewardTask(MoETask):
         if self.store is None:
             return model.prefix(batch.input_ids, batch.mask, batch.type_ids)
         names = self.kept(self.store, model, dataset, batch.texts)
-        return self.store.get(names, batch.mask.shape[1], model.dim).to(batch.mask.device)
+        lengths = [len(dataset.texts[text].ids) for text in batch.texts]
+        return self.store.get(names, lengths, model.dim).to(batch.mask.device)
 
     def prompt_states(self, model: Backbone, batch: Batch, dataset: TextDataset) -> Tensor:
         """What a router reads, `(P, D)`."""
         if self.store is None:
             return model.read_prompts(batch.prompt_ids, batch.prompt_mask)
         names = self.kept(self.store, model, dataset, batch.prompts, of_prompts=True)
-        return self.store.get(names, 1, model.dim)[:, 0].to(batch.mask.device)
+        return self.store.get(names, [1] * len(names), model.dim)[:, 0].to(batch.mask.device)
 
     @torch.no_grad()
     def kept(

@@ -255,19 +255,26 @@ class StateStore:
             of[:length].tofile(whole)
             whole.replace(path)
 
-    def get(self, names: Sequence[str], length: int, dim: int) -> Tensor:
-        """`(B, L, D)` float32 of some texts, zero in padding.
+    def get(self, names: Sequence[str], lengths: Sequence[int], dim: int) -> Tensor:
+        """`(B, L, D)` float32 of some texts, zero in padding; L is the longest.
 
         Args:
             names: B of them.
-            length: L.
+            lengths: Of each text.
             dim: D.
+
+        Raises:
+            ValueError: A file holds more or less than the states of its text.
         """
-        found = np.zeros((len(names), length, dim), np.float16)
-        for row, name in zip(found, names, strict=True):
+        found = np.zeros((len(names), max(lengths), dim), np.float16)
+        for row, name, length in zip(found, names, lengths, strict=True):
             kept = self.memory[name] if self.folder is None else np.fromfile(self.path(self.folder, name), np.float16)
-            states = kept.reshape(-1, dim)
-            row[: len(states)] = states
+            if kept.size != length * dim:
+                raise ValueError(
+                    f"The states of {name} in {self.folder or 'memory'} are {kept.size} numbers, not {length} x {dim}: "
+                    "the file is damaged. Delete it, and it is computed anew."
+                )
+            row[:length] = kept.reshape(length, dim)
         return torch.from_numpy(found).float()
 
 

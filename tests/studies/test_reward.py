@@ -391,6 +391,12 @@ def test_best_of_n_and_distillation(words, folder, monkeypatch):
         policy.main([*words, "--only", "table"])
 
 
+@pytest.mark.parametrize("name", ["single/worst", "ensemble/wurst", "dmoer"])
+def test_a_proxy_or_a_reading_that_there_is_not(words, name):
+    with pytest.raises(UnknownNameError, match=name):
+        policy.main([*words, "--taught", name])
+
+
 def test_short_prompts_of_one_turn():
     pairs = [
         study.Pair(prompt, "a", "b", "", str(number))
