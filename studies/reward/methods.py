@@ -8,19 +8,27 @@ from typing import Any, Literal
 from tasks.reward.capabilities import CAPABILITIES as MEASURED
 from tasks.reward.capabilities import PREFERENCE_ITSELF
 
-# What `python -m tasks.reward.groups` prints, the mixed group by its largest category.
+# What `python -m tasks.reward.groups --most 4` prints, mixed groups by their largest category.
 GROUPS: dict[str, list[str]] = {
     "Harmlessness": ["Harmlessness"],
-    "Translation": [
+    "Open QA": [
         "Brainstorming",
         "Chat",
         "Classification",
         "Generation",
+        "Open QA",
         "Rewrite",
         "Role Playing",
         "Summarization",
         "Translation",
     ],
+    "Code": ["Closed QA", "Code", "Reasoning"],
+    "HH-harmless-base": ["HH-harmless-base"],
+}
+# And without `--most`.
+SIX_GROUPS: dict[str, list[str]] = {
+    "Harmlessness": ["Harmlessness"],
+    "Translation": [name for name in GROUPS["Open QA"] if name != "Open QA"],
     "HH-harmless-base": ["HH-harmless-base"],
     "Reasoning": ["Closed QA", "Reasoning"],
     "Open QA": ["Open QA"],
@@ -34,11 +42,9 @@ CAPABILITIES = [PREFERENCE_ITSELF, *(name for name in MEASURED if name != "lengt
 HELPFUL = ["preference", "new_words", "formatting", "names_and_numbers", "prompt_overlap"]
 OWN_CAPABILITIES: dict[str, list[str]] = {
     "Harmlessness": ["preference", "warning_words", "refusal", "polite_words", "new_words"],
-    "Translation": HELPFUL,
-    "HH-harmless-base": ["preference", "short_sentences", "refusal", "polite_words", "few_hedges"],
-    "Reasoning": HELPFUL,
     "Open QA": HELPFUL,
     "Code": HELPFUL,
+    "HH-harmless-base": ["preference", "short_sentences", "refusal", "polite_words", "few_hedges"],
 }
 
 
@@ -79,7 +85,7 @@ LAST_RATE, DECAY = 2e-2, 0.03
 GATE_RATE = 1e-3
 RANK, CAPABILITY_RANK = 16, 8
 # At which one LoRA, and one of five, has as many parameters as learn in DMoERM: its expert of the preference does not.
-EQUAL_RANK, MEMBER_RANK = 184, 37
+EQUAL_RANK, MEMBER_RANK = 152, 30
 
 
 def dmoerm(
@@ -175,7 +181,8 @@ def in_layers(what: str, layers: int) -> Method:
 
 GOLD = "gold"
 METHODS: dict[str, Method] = {
-    "dmoerm": dmoerm("DMoERM: six inner models, ten capability experts"),
+    "dmoerm": dmoerm("DMoERM: four inner models, ten capability experts"),
+    "six-groups": dmoerm("six inner models", groups=SIX_GROUPS),
     "no-capabilities": dmoerm(
         "its task models alone, from all pairs",
         {"capability": 0, "aggregate": 0},
@@ -199,7 +206,7 @@ METHODS: dict[str, Method] = {
     ),
     "mlp": dmoerm("an MLP combines its scores", last_lr=RATE, aggregate_dim=16, aggregate_decay=0.0),
     "random-start": dmoerm("its aggregation starts at random", aggregate_start="random", aggregate_decay=0.0),
-    "one-group": dmoerm("one inner model with all experts, as large", {"router": 0}, groups=ONE_GROUP, task_rank=104),
+    "one-group": dmoerm("one inner model with all experts, as large", {"router": 0}, groups=ONE_GROUP, task_rank=71),
     "no-joint": dmoerm("its inner models learn from their own pairs alone", {"joint": 0, "task": 4}),
     "single": single(f"one LoRA of rank {RANK}", RANK),
     "single-equal": single("one LoRA, as large as DMoERM", EQUAL_RANK),
@@ -281,6 +288,7 @@ PAIRS = (
     ("dmoerm", "dmoerm/task"),
     ("dmoerm", "dmoerm/oracle"),
     ("dmoerm", "no-capabilities"),
+    ("dmoerm", "six-groups"),
     ("dmoerm", "one-group"),
     ("dmoerm", "own-experts"),
     ("dmoerm", "hidden"),
