@@ -159,12 +159,13 @@ def check_base(name: str, sha256: str | None = None) -> str:
     return found
 
 
-def load_encoder(name: str, sha256: str | None = None) -> Any:
-    """A pretrained transformer in float32 and eval mode, without pooling layer.
+def load_encoder(name: str, sha256: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A pretrained transformer in eval mode, without pooling layer.
 
     Args:
         name: As for `find_base_model`.
         sha256: What its weights must be; None allows any.
+        dtype: What they are brought to.
 
     Returns:
         The model that `transformers.AutoModel` gives.
@@ -173,18 +174,19 @@ def load_encoder(name: str, sha256: str | None = None) -> Any:
         DataNotFoundError: The base is nowhere, or has no weights.
         CheckpointError: It has other weights than asked for, or lacks some, which would start at random.
     """
-    encoder = load_transformer("AutoModel", name, sha256)
+    encoder = load_transformer("AutoModel", name, sha256, dtype)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
     return encoder
 
 
-def load_causal(name: str, sha256: str | None = None) -> Any:
-    """A pretrained causal language model in float32 and eval mode.
+def load_causal(name: str, sha256: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A pretrained causal language model in eval mode.
 
     Args:
-        name: As for `find_base_model`; weights in a `*.gguf` file are brought to full precision.
+        name: As for `find_base_model`; rounded weights in a `*.gguf` file are read as numbers.
         sha256: What its weights must be; None allows any.
+        dtype: What they are brought to.
 
     Returns:
         The model that `transformers.AutoModelForCausalLM` gives.
@@ -194,10 +196,10 @@ def load_causal(name: str, sha256: str | None = None) -> Any:
         CheckpointError: It has other weights than asked for, or lacks some, which would start at random.
         ValueError: It is no causal language model.
     """
-    return load_transformer("AutoModelForCausalLM", name, sha256)
+    return load_transformer("AutoModelForCausalLM", name, sha256, dtype)
 
 
-def load_transformer(auto_class: str, name: str, sha256: str | None) -> Any:
+def load_transformer(auto_class: str, name: str, sha256: str | None, dtype: torch.dtype) -> Any:
     """What one of transformers' classes makes of a base, whole; see `load_encoder`."""
     import transformers
 
@@ -206,7 +208,7 @@ def load_transformer(auto_class: str, name: str, sha256: str | None) -> Any:
     with quiet_transformers():
         model, report = getattr(transformers, auto_class).from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
             **weight_options(folder),

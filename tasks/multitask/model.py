@@ -4,7 +4,7 @@ Plain torch, transformers and PEFT. B examples are R rows of L tokens, one row e
 transformer's width, C the largest number of classes or options in the batch.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from tasks.multitask.encode import Form
 from tasks.multitask.examples import Tasks
-from zoo.base_models import MINILM, AdaptedModel, Freezing, load_causal, without_dropout
+from zoo.base_models import MINILM, AdaptedModel, Freezing, load_causal, load_encoder, without_dropout
 from zoo.errors import UnknownNameError
 from zoo.moe import Handles, RoutingOutput, observe_model, routed_modules
 
 METHODS = ("none", "lora", "smora", "mola")
 HEADS = ("task", "shared", "verbalised")
 POOLINGS = ("mean", "first")
+# Of a base.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ALL_LINEAR = "all-linear"
 
 
@@ -45,6 +47,7 @@ class MultitaskModel(AdaptedModel):
         dropout: float = 0.0,
         freeze: Freezing = "base",
         borrowed: Freezing | None = None,
+        base_dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         """Build the network around its base.
 
@@ -64,21 +67,24 @@ class MultitaskModel(AdaptedModel):
             dropout: Probability with which what a head reads is dropped.
             freeze: What of the base is not trained; without dropout if all of it is.
             borrowed: What of the base is as it came; see `AdaptedModel`.
+            base_dtype: What a frozen base is held in; in `bfloat16` it takes half of the memory. What is trained is
+                float32.
 
         Raises:
-            UnknownNameError: There is no such method, head, pooling, freezing, or argument of the adapter.
+            UnknownNameError: There is no such method, head, pooling, freezing, dtype, or argument of the adapter.
             ValueError: Arguments do not fit each other or the base.
             DataNotFoundError: The base is nowhere.
             CheckpointError: It has other weights.
         """
         super().__init__(base, base_sha256, freeze, borrowed)
-        check_arguments(method, adapter, causal, head, pooling, freeze)
+        check_arguments(method, adapter, causal, head, pooling, freeze, base_dtype)
         self.tasks: Tasks = {}
         self.method = method
         self.adapter = adapter
         self.causal = causal
         self.head = head
         self.pooling = pooling
+        self.base_dtype = base_dtype
         self.transformer = self.load_base()
         if freeze == "base":
             without_dropout(self.transformer)
@@ -92,7 +98,8 @@ class MultitaskModel(AdaptedModel):
 
     def load_base(self) -> Any:
         """The base as it comes."""
-        return load_causal(self.base, self.base_sha256) if self.causal else super().load_base()
+        load = load_causal if self.causal else load_encoder
+        return load(self.base, self.base_sha256, DTYPES[self.base_dtype])
 
     @property
     def form(self) -> Form:
@@ -201,7 +208,8 @@ class MultitaskModel(AdaptedModel):
         """What heads read, `(R, D)`."""
         config = self.transformer.config
         types = {"token_type_ids": type_ids} if getattr(config, "type_vocab_size", 0) > 1 else {}
-        hidden: Tensor = self.transformer(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        states = self.transformer(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        hidden: Tensor = states.float()
         if self.pooling == "first":
             return hidden[:, 0]
         weight = attention_mask.to(hidden.dtype)[..., None]
@@ -300,7 +308,7 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 
 def add_adapter(transformer: nn.Module, method: str, arguments: Mapping[str, Any]) -> None:
-    """Adapt a transformer's linear layers, in place.
+    """Adapt a transformer's linear layers by weights in float32, in place.
 
     Args:
         transformer: The base.
@@ -322,16 +330,29 @@ def add_adapter(transformer: nn.Module, method: str, arguments: Mapping[str, Any
     for name in arguments:
         if name not in known:
             raise UnknownNameError(f"argument of {config_class.__name__}", name, known)
+    of_the_base = set(map(id, transformer.parameters()))
     inject_adapter_in_model(config_class(**{"target_modules": ALL_LINEAR, **arguments}), transformer)
+    for parameter in transformer.parameters():
+        if id(parameter) not in of_the_base:
+            # PEFT gives adapters what their layer has, in which a small step is lost.
+            parameter.data = parameter.data.float()
 
 
 def check_arguments(
-    method: str, adapter: Mapping[str, Any] | None, causal: bool, head: str, pooling: str, freeze: str
+    method: str, adapter: Mapping[str, Any] | None, causal: bool, head: str, pooling: str, freeze: str, base_dtype: str
 ) -> None:
     """Refuse arguments that do not exist or do not fit each other; see `MultitaskModel`."""
-    for what, name, known in (("method", method, METHODS), ("head", head, HEADS), ("pooling", pooling, POOLINGS)):
+    names: dict[str, tuple[str, Collection[str]]] = {
+        "method": (method, METHODS),
+        "head": (head, HEADS),
+        "pooling": (pooling, POOLINGS),
+        "dtype of the base": (base_dtype, DTYPES),
+    }
+    for what, (name, known) in names.items():
         if name not in known:
             raise UnknownNameError(what, name, known)
+    if base_dtype != "float32" and freeze != "base":
+        raise ValueError(f"base_dtype={base_dtype!r}, freeze={freeze!r}: what is trained is float32; freeze the base.")
     if adapter and method == "none":
         raise ValueError(f"adapter={dict(adapter)}: has no effect on method='none'; name a method, e.g. smora.")
     if causal and method == "none" and freeze == "base":

@@ -98,6 +98,7 @@ class MultitaskTask(MoETask):
         router_lr: float | None = None,
         weight_decay: float = 0.0,
         warmup: float = 0.1,
+        gradient_checkpointing: bool = False,
     ) -> None:
         """Build the network; it learns of its tasks from the data.
 
@@ -113,6 +114,8 @@ class MultitaskTask(MoETask):
                 router's logits by as much as these differ.
             weight_decay: Its weight decay.
             warmup: Share of all steps in which the rate rises.
+            gradient_checkpointing: Whether the base's layers are computed again in the backward pass, which takes a
+                third more time, in place of keeping what they made.
 
         Raises:
             UnknownNameError: There is no such argument of the network.
@@ -125,6 +128,7 @@ class MultitaskTask(MoETask):
         self.new_tokens = new_tokens
         self.head_lr = head_lr
         self.router_lr = router_lr
+        self.gradient_checkpointing = gradient_checkpointing
         # Of a validation, test or prediction.
         self.answers: Answers | None = None
         super().__init__(lr, weight_decay, warmup)
@@ -135,6 +139,11 @@ class MultitaskTask(MoETask):
             self.model = hub.load_as(self.pretrained, MultitaskModel)
         else:
             self.model = MultitaskModel(**self.network)
+        if self.gradient_checkpointing:
+            base = self.model.transformer
+            # The second name is that of transformers before 5.24.
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         # A base comes in eval mode, in which Lightning would leave it.
         self.model.train()
 

@@ -136,6 +136,28 @@ def test_heads_answer_in_mixed_precision(encoder):
     torch.testing.assert_close(mixed[finite].float(), scores(model, of)[finite], atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize("method", ["lora", "smora", "mola"])
+@pytest.mark.parametrize("kind", ["encoder", "causal"])
+def test_a_frozen_base_in_bfloat16(request, tmp_path, kind, method):
+    base = request.getfixturevalue(kind)
+    # All experts: choices may turn on the last digit.
+    adapter = {"lora": {"r": 4}, "smora": {"r": 8, "top_k": 8}, "mola": {"r": 2, "experts": 3, "top_k": 3}}[method]
+    arguments = {"causal": kind == "causal", "tasks": {"mood": TASKS["mood"]}, "adapter": adapter}
+    narrow = scrambled(build(base, method, base_dtype="bfloat16", **arguments))
+    assert {narrow.get_parameter(name).dtype for name in narrow.base_tensors} == {torch.bfloat16}
+    others = {name: of.dtype for name, of in narrow.named_parameters() if name not in narrow.base_tensors}
+    assert others and set(others.values()) == {torch.float32}
+    full = build(base, method, **arguments)
+    full.load_state_dict(narrow.state_dict())
+    of = dataset(narrow)
+    found, expected = scores(narrow, of), scores(full, of)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
+    assert not torch.equal(found, expected)
+    zoo.save(narrow, tmp_path / "saved", card=CARD)
+    assert torch.equal(scores(zoo.load(tmp_path / "saved"), of), found)
+
+
 def test_processes_may_have_read_no_example_of_a_task(encoder, tmp_path):
     model = build(encoder).train()
     of = dataset(model)
@@ -279,6 +301,8 @@ def test_a_checkpoint_holds_adapters_and_heads_alone(request, tmp_path, kind, me
         ({"head": "tasks"}, "Unknown head 'tasks'. Did you mean 'task'"),
         ({"pooling": "max"}, "Unknown pooling 'max'"),
         ({"freeze": "all"}, "Unknown freezing 'all'"),
+        ({"base_dtype": "float16"}, "Unknown dtype of the base 'float16'"),
+        ({"base_dtype": "bfloat16", "freeze": "nothing"}, "what is trained is float32; freeze the base"),
         ({"method": "none", "adapter": {"r": 2}}, "has no effect on method='none'"),
         ({"adapter": {"rank": 2}}, "Unknown argument of SmoraConfig 'rank'"),
         ({"adapter": {"r": 8, "top_k": 9}}, "top_k"),

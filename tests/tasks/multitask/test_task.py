@@ -22,7 +22,7 @@ from tests.helpers.bases import save_bert, word_pieces
 from zoo import hub
 from zoo.cli import main
 from zoo.errors import UnknownNameError
-from zoo.moe import routed_modules
+from zoo.moe import collect_aux_losses, routed_modules
 
 CONFIGS = sorted(Path("configs/multitask").glob("*.yaml"))
 SMORA = "configs/multitask/smora-minilm.yaml"
@@ -243,6 +243,29 @@ def test_a_frozen_base_reads_alike_in_every_step(tmp_path: Path) -> None:
         model = MultitaskModel(base=encoder, method="none", freeze=freeze).train()
         first, second = (model.pooled(ids, torch.ones_like(ids), torch.zeros_like(ids)) for _ in range(2))
         assert torch.equal(first, second) == alike
+
+
+@pytest.mark.parametrize("method", ["smora", "mola"])
+def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(encoder: str, method: str) -> None:
+    adapter = {"smora": {"r": 8, "top_k": 2}, "mola": {"experts": 3}}[method]
+    passes, gradients = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        network = {"base": encoder, "method": method, "adapter": adapter, "tasks": {"mood": ["bad", "good"]}}
+        model = MultitaskTask(network, gradient_checkpointing=checkpointing).model
+        calls: list[int] = []
+        layer = model.get_submodule("transformer.encoder.layer.0.intermediate")
+        layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        batch = [torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(0)), torch.ones(3, 9).bool()]
+        batch += [torch.zeros(3, 9).long(), torch.ones(3).long(), torch.arange(3), torch.zeros(3).long()]
+        scores = model(*batch, torch.zeros(3).long())
+        (scores.square().sum() + collect_aux_losses(model).total).backward()
+        passes.append(len(calls))
+        gradients.append({name: of.grad for name, of in model.named_parameters() if of.grad is not None})
+    assert passes == [1, 2]
+    assert gradients[0].keys() == gradients[1].keys() and any("lora_B" in name for name in gradients[0])
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected)
 
 
 def test_balance_losses_are_collected(encoder: str, tmp_path: Path) -> None:
