@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.qa import save_base, sizes, take_turns
-from tasks.reward.backbone import Backbone, Inputs
+from tasks.reward.backbone import Backbone, Inputs, pool_states
 from tasks.reward.baselines import LoraEnsemble
 from tasks.reward.model import DMoERM
 from zoo.report import print_table
@@ -55,7 +55,8 @@ class Texts:
         if model.reads_prompts:
             real = torch.ones_like(self.prompts, dtype=torch.bool)
             prompts = model.read_prompts(self.prompts, real).repeat(2, 1)
-        reading = model.read(Inputs(hidden, mask, prompts, torch.full((len(hidden),), -1)))
+        means = pool_states(hidden, mask, torch.ones_like(self.ids))
+        reading = model.read(Inputs(hidden, mask, means, prompts, torch.full((len(hidden),), -1)))
         return reading.scores if isinstance(model, LoraEnsemble) else reading.reward[:, None]
 
     def score_all(self, models: Sequence[Backbone]) -> Tensor:

@@ -77,7 +77,7 @@ METHODS: dict[str, Method] = {
     "smora-k32": smora(32, rate_of="smora"),
 }
 # What is released, and what plain LoRA is worth after as many steps.
-LONG, TIMES = "-long", 5
+LONG, TIMES = "-long", 3
 for name in ("lora-r64", "mola-even", "smora"):
     method = METHODS[name]
     METHODS[name + LONG] = replace(method, what=f"{method.what}; {TIMES} times as long", rate_of=name, times=TIMES)

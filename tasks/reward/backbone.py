@@ -1,7 +1,9 @@
 """The frozen base of all reward models: layer by layer, so that a prefix is computed once and its last layers often.
 
 B texts of L tokens, D the base's width. Encoders with BERT's layers read a text's reward off its first token, so that
-their last layer computes that token alone; causal models with Llama's layers read it off the last one.
+their last layer computes that token alone; causal models with Llama's layers read it off the last one. Beside it, heads
+read the means over the text and over its answer of the states that enter the adapted layers: what is spread over many
+tokens need not pass through one, and means of what is frozen cost nothing.
 """
 
 import math
@@ -19,6 +21,9 @@ BERT, LLAMA = "encoder.layer", "layers"
 # Twice a rank of 16.
 ALPHA = 32.0
 
+# Texts as inner models read them: `hidden`, `mask` and `means` of `Inputs`, or of some of its rows.
+Streams = tuple[Tensor, Tensor, Tensor]
+
 
 @dataclass(slots=True)
 class Inputs:
@@ -27,14 +32,21 @@ class Inputs:
     Attributes:
         hidden: `(B, L, D)` float32 states that enter the first adapted layer.
         mask: `(B, L)` bool, false is padding.
+        means: `(B, 2 D)` float32, `pool_states` of them.
         prompts: `(B, D)` float32, `Backbone.read_prompts` of their prompts.
         groups: `(B,)` int64, the inner model of each text's category; -1 where it is not known.
     """
 
     hidden: Tensor
     mask: Tensor
+    means: Tensor
     prompts: Tensor
     groups: Tensor
+
+    @property
+    def streams(self) -> Streams:
+        """What is read of the texts themselves."""
+        return self.hidden, self.mask, self.means
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +111,8 @@ class Backbone(AdaptedModel):
             )
         self.depth = len(self.encoder.get_submodule(self.kind))
         self.dim = int(self.encoder.config.hidden_size)
+        # What a head reads.
+        self.width = 3 * self.dim
         self.first = self.first_of(layers)
         # A plain mapping: the modules belong to the encoder.
         self.adapted = {
@@ -141,7 +155,7 @@ class Backbone(AdaptedModel):
         """
         first = self.first if layers is None else max(self.first, self.first_of(layers))
         adapted = {name: layer for name, layer in self.adapted.items() if int(name.partition("-")[0]) >= first}
-        return LoraExperts(count, adapted, first, self.dim, rank, alpha)
+        return LoraExperts(count, adapted, first, self.width, rank, alpha)
 
     # --- the base, in two halves ---------------------------------------------------------------------------------
 
@@ -210,17 +224,17 @@ class Backbone(AdaptedModel):
         """
         return self.run(self.embed(input_ids, type_ids), mask.bool(), range(self.first))
 
-    def finish(self, hidden: Tensor, mask: Tensor, experts: Sequence[LoraExperts]) -> Tensor:
-        """The last states of texts under LoRA experts, in one pass.
+    def finish(self, streams: Streams, experts: Sequence[LoraExperts]) -> Tensor:
+        """What heads read of texts under LoRA experts, in one pass.
 
         Args:
-            hidden: `(B, L, D)` of `prefix`.
-            mask: `(B, L)` bool.
+            streams: B texts.
             experts: What is added, in order; only the last may have several experts, N.
 
         Returns:
-            `(B, N, D)`.
+            `(B, N, 3 D)`: a text's last state under each expert, and its means, which are the same under all.
         """
+        hidden, mask, means = streams
         texts, last = hidden.shape[0], experts[-1]
         with attached(self.adapted, experts, texts):
             hidden = self.run(hidden, mask, range(self.first, last.first))
@@ -234,7 +248,8 @@ class Backbone(AdaptedModel):
             hidden = self.encoder.norm(hidden[torch.arange(hidden.shape[0], device=mask.device), places])
         else:
             hidden = hidden[:, 0]
-        return hidden.view(last.count, texts, -1).transpose(0, 1)
+        states = hidden.view(last.count, texts, -1).transpose(0, 1)
+        return torch.cat([states, means[:, None].expand(-1, last.count, -1)], dim=2)
 
     @torch.no_grad()
     def read_prompts(self, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -279,7 +294,8 @@ class Backbone(AdaptedModel):
         prompts = hidden.new_zeros(len(hidden), self.dim)
         if self.reads_prompts:
             prompts = self.read_prompts(prompt_ids, prompt_mask)
-        return self.read(Inputs(hidden, mask.bool(), prompts, unknown)).reward
+        means = pool_states(hidden, mask.bool(), type_ids)
+        return self.read(Inputs(hidden, mask.bool(), means, prompts, unknown)).reward
 
     def score_names(self, route: int) -> list[str]:
         """What the scores of a text are called that an inner model has read.
@@ -334,6 +350,21 @@ class Backbone(AdaptedModel):
         """Parameters that any phase trains."""
         found = {id(p): p.numel() for phase in self.phases for p in self.phase_parameters(phase)}
         return sum(found.values())
+
+
+def pool_states(hidden: Tensor, mask: Tensor, type_ids: Tensor) -> Tensor:
+    """Means of states over texts and over their answers, each of mean 0 and variance 1: `(B, 2 D)` float32.
+
+    Args:
+        hidden: `(B, L, D)`.
+        mask: `(B, L)` bool, false is padding.
+        type_ids: `(B, L)`, 1 for the tokens of the answer.
+    """
+    means = []
+    for part in (mask, mask & (type_ids == 1)):
+        total = torch.einsum("bld,bl->bd", hidden.float(), part.float())
+        means.append(nn.functional.layer_norm(total / part.sum(1, keepdim=True).clamp(min=1), total.shape[-1:]))
+    return torch.cat(means, dim=1)
 
 
 def linear_paths(layer: nn.Module) -> list[str]:

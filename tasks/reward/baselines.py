@@ -84,7 +84,7 @@ class LoraEnsemble(Backbone):
         self.rank = rank
         self.experts = self.lora_experts(members, rank)
         # Heads that start at zero would leave members alike in all but A.
-        nn.init.normal_(self.experts.head, std=self.dim**-0.5)
+        nn.init.normal_(self.experts.head, std=self.width**-0.5)
         self.register_buffer("centre", torch.zeros(members))
         self.groups, self.group_of = {"all": []}, {}
         self.complete()
@@ -95,7 +95,7 @@ class LoraEnsemble(Backbone):
 
     def scores(self, inputs: Inputs) -> Tensor:
         """The members' centred rewards `(B, N)`."""
-        return self.experts.scores(self.finish(inputs.hidden, inputs.mask, (self.experts,))) - self.centre
+        return self.experts.scores(self.finish(inputs.streams, (self.experts,))) - self.centre
 
     def read(self, inputs: Inputs, oracle: bool = False) -> Reading:
         """Rewards and those of the members; see `Backbone.read`."""
@@ -159,7 +159,7 @@ class ObjectiveModel(Backbone):
         self.rank = rank
         self.gate_dim = gate_dim
         self.experts = self.lora_experts(1, rank)
-        self.heads = nn.Linear(self.dim, 1 + len(capabilities), bias=False)
+        self.heads = nn.Linear(self.width, 1 + len(capabilities), bias=False)
         self.phases = (OBJECTIVES, GATE) if gate else (OBJECTIVES,)
         self.gating = None
         if gate:
@@ -178,7 +178,7 @@ class ObjectiveModel(Backbone):
 
     def objective_scores(self, inputs: Inputs) -> Tensor:
         """The heads' scores `(B, 1 + U)`."""
-        scores: Tensor = self.heads(self.finish(inputs.hidden, inputs.mask, (self.experts,))[:, 0])
+        scores: Tensor = self.heads(self.finish(inputs.streams, (self.experts,))[:, 0])
         return scores
 
     def combine(self, scores: Tensor, prompts: Tensor) -> Tensor:

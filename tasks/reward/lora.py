@@ -110,15 +110,15 @@ class AdaptedLinear(nn.Module):
 
 
 class LoraExperts(nn.Module):
-    """N experts, each a LoRA in every adapted linear layer and a linear head that reads a score off the last state.
+    """N experts, each a LoRA in every adapted linear layer and a linear head that reads a score off what comes of it.
 
     Attributes:
         first: The first layer that is adapted.
-        head: `(N, D)`, zero at the start. A bias would add the same to both answers.
+        head: `(N, W)`, zero at the start. A bias would add the same to both answers.
     """
 
     def __init__(
-        self, count: int, layers: Mapping[str, AdaptedLinear], first: int, dim: int, rank: int, alpha: float
+        self, count: int, layers: Mapping[str, AdaptedLinear], first: int, width: int, rank: int, alpha: float
     ) -> None:
         """Build experts that add nothing yet.
 
@@ -126,7 +126,7 @@ class LoraExperts(nn.Module):
             count: N.
             layers: The linear layers to adapt, by a name without dots.
             first: The first of the base's layers that they belong to.
-            dim: D of the last states.
+            width: W that a head reads.
             rank: Of each LoRA.
             alpha: Its scale, divided by the rank.
         """
@@ -139,10 +139,10 @@ class LoraExperts(nn.Module):
                 for name, layer in layers.items()
             }
         )
-        self.head = nn.Parameter(torch.zeros(count, dim))
+        self.head = nn.Parameter(torch.zeros(count, width))
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """A score per expert, `(B, N)`, of last states `(B, N, D)`."""
+        """A score per expert, `(B, N)`, of what heads read, `(B, N, W)`."""
         return (hidden * self.head).sum(-1)
 
     def copy_from(self, other: "LoraExperts") -> None:

@@ -1,7 +1,7 @@
 """DMoERM, a double-layer mixture of experts as a reward model (Quan 2024, arXiv 2403.01197).
 
-Plain torch. B texts (a prompt and an answer each) of L tokens, D the base's width, G groups of categories, each with an
-inner model, T capabilities.
+Plain torch. B texts (a prompt and an answer each) of L tokens, D the base's width, W = 3 D what a head reads (see
+`tasks.reward.backbone`), G groups of categories, each with an inner model, T capabilities.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tasks.reward.backbone import Backbone, Inputs, Reading, stack_names
+from tasks.reward.backbone import Backbone, Inputs, Reading, Streams, stack_names
 from tasks.reward.capabilities import PREFERENCE_ITSELF
 from tasks.reward.lora import LoraExperts
 from tasks.reward.losses import bradley_terry_loss, capability_loss
@@ -29,16 +29,18 @@ MOMENTUM = 0.02
 # The least unit that scores are divided by.
 LEAST_UNIT = 1e-4
 
-Finish = Callable[[Tensor, Tensor, Sequence[LoraExperts]], Tensor]
+Finish = Callable[[Streams, Sequence[LoraExperts]], Tensor]
+# Of each of `Streams`, the dimensions of a text's part.
+UNIT_NDIMS = (2, 1, 1)
 
 
 class CapabilityExperts(nn.Module):
     """T LoRA experts over one task model, as experts of a `MoELayer` that runs all of them: one stacked pass.
 
-    A unit is a text: its states `(L, D)` and its mask `(L,)`.
+    A unit is a text: its states `(L, D)`, its mask `(L,)` and their means `(2 D,)`.
     """
 
-    unit_ndims = (2, 1)
+    unit_ndims = UNIT_NDIMS
     backend = "dense"
 
     def __init__(self, finish: Finish, task: LoraExperts, experts: LoraExperts, shared: bool) -> None:
@@ -59,9 +61,9 @@ class CapabilityExperts(nn.Module):
             self.experts = experts
 
     def forward_all(self, streams: Sequence[Tensor]) -> Tensor:
-        """The last states of all texts under all experts: `(B, L, D)` and `(B, L)` to `(B, T, D)`."""
-        hidden, mask = streams
-        return self.finish(hidden, mask, self.used)
+        """What heads read of all texts under all experts, `(B, T, W)`."""
+        hidden, mask, means = streams
+        return self.finish((hidden, mask, means), self.used)
 
 
 class InnerModel(nn.Module):
@@ -69,7 +71,7 @@ class InnerModel(nn.Module):
 
     Attributes:
         task: LoRA and head of phase 1, one expert.
-        mixture: The capability experts; their last states are concatenated. None without capabilities.
+        mixture: The capability experts; what they make of a text is concatenated. None without capabilities.
         own: Places of the expert of the preference, if there is one.
         square: `(T,)`, the running mean of the squared difference of two answers' scores, and of how many batches.
         unit: `(T,)`, its root when the aggregation began to learn.
@@ -105,7 +107,9 @@ class InnerModel(nn.Module):
             self.register_buffer("unit", torch.ones(experts.count))
             parts: Any = CapabilityExperts(finish, task, experts, shared)
             self.mixture = MoELayer(DenseRouter(experts.count), parts, combine="concat")
-            inputs = experts.count * (experts.head.shape[1] if aggregate == "hidden" else 1)
+            # The means are the same under all experts.
+            dim = experts.head.shape[1] // 3
+            inputs = (experts.count + 2) * dim if aggregate == "hidden" else experts.count
             self.combine: nn.Module = nn.Linear(inputs, 1, bias=False)
             if width:
                 self.combine = nn.Sequential(nn.Linear(inputs, width), nn.PReLU(), nn.Linear(width, 1))
@@ -115,39 +119,47 @@ class InnerModel(nn.Module):
         """The capability experts; without any, the task model."""
         return self.task if self.mixture is None else self.mixture.experts.used[1]  # type: ignore[index,return-value]
 
-    def task_rewards(self, hidden: Tensor, mask: Tensor) -> Tensor:
+    def task_rewards(self, streams: Streams) -> Tensor:
         """The task model's rewards `(B,)`."""
-        return self.task.scores(self.finish(hidden, mask, (self.task,)))[:, 0]
+        return self.task.scores(self.finish(streams, (self.task,)))[:, 0]
 
-    def states(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """The last states `(B, T, D)` of the capability experts."""
+    def states(self, streams: Streams) -> Tensor:
+        """What heads read under the capability experts, `(B, T, W)`."""
         if self.mixture is None:
             raise ValueError("This inner model has no capability experts.")
-        out: Tensor = self.mixture((hidden, mask), router_input=hidden[:, 0])
+        out: Tensor = self.mixture(streams, router_input=streams[0][:, 0])
         return out.unflatten(1, (self.experts.count, -1))
 
     @property
     def heads(self) -> Tensor:
-        """What reads scores off the experts' last states, `(T, D)`; that of the preference is the task model's."""
+        """What reads the experts' scores, `(T, W)`; that of the preference is the task model's."""
         return self.experts.head.index_copy(0, self.own, self.task.head.expand(len(self.own), -1))
 
-    def capability_scores(self, hidden: Tensor, mask: Tensor) -> Tensor:
+    def capability_scores(self, streams: Streams) -> Tensor:
         """The capability experts' rewards `(B, T)`."""
-        return (self.states(hidden, mask) * self.heads).sum(-1)
+        return (self.states(streams) * self.heads).sum(-1)
 
     def start(self) -> Tensor:
         """The linear map that is the score of the expert of the preference, or without one the mean of all scores."""
-        weights = torch.zeros_like(self.experts.head)
         experts = self.own.tolist() or list(range(self.experts.count))
+        weights = self.unit.new_zeros(self.experts.count)
         weights[experts] = 1 / len(experts)
-        return (weights * self.heads).flatten() if self.aggregate == "hidden" else weights[:, 0] * self.unit
+        if self.aggregate == "score":
+            return weights * self.unit
+        last, means = self.parts(weights[:, None] * self.heads)
+        return torch.cat([last.flatten(), means.sum(0)])
+
+    def parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what heads read, or of heads, `(..., W)`: the last states `(..., D)`, and the means `(..., 2 D)`."""
+        dim = states.shape[-1] // 3
+        return states[..., :dim], states[..., dim:]
 
     def distance(self) -> Tensor:
-        """The squared distance of a linear map from its start, but for how loud the expert of the preference is.
+        """The squared distance of a linear map of scores from its start, but for the weight of the preference's.
 
         Task models that have learned from few pairs are too sure, so that its weight has to be free to fall.
         """
-        moved = (self.combine.weight[0] - self.start().detach()).unflatten(0, (self.experts.count, -1))
+        moved: Tensor = self.combine.weight[0] - self.start().detach()  # type: ignore[operator,union-attr]
         return moved.index_fill(0, self.own, 0).square().sum()
 
     @torch.no_grad()
@@ -168,13 +180,16 @@ class InnerModel(nn.Module):
         slope = 1 / (1 + float(act.weight))
         second.weight[0, :2] = torch.tensor([slope, -slope])
 
-    def forward(self, streams: tuple[Tensor, Tensor]) -> Tensor:
-        """The reward and, after it, the capability experts' scores: `(B, 1 + T)` of `(B, L, D)` and `(B, L)`."""
+    def forward(self, streams: Streams) -> Tensor:
+        """The reward and, after it, the capability experts' scores, `(B, 1 + T)`."""
         if self.mixture is None:
-            return self.task_rewards(*streams)[:, None]
-        states = self.states(*streams)
+            return self.task_rewards(streams)[:, None]
+        states = self.states(streams)
         scores = (states * self.heads).sum(-1)
-        reward = self.combine(states.flatten(1) if self.aggregate == "hidden" else scores / self.unit)
+        if self.aggregate == "score":
+            return torch.cat([self.combine(scores / self.unit), scores], dim=1)
+        last, means = self.parts(states)
+        reward = self.combine(torch.cat([last.flatten(1), means[:, 0]], dim=1))
         return torch.cat([reward, scores], dim=1)
 
     @torch.no_grad()
@@ -239,12 +254,14 @@ class DMoERM(Backbone):
             capability_rank: Their rank.
             share_capabilities: Whether all inner models have the same experts, which then learn from all pairs; how
                 they are combined, and the task model below them, stays each one's own.
-            aggregate: Whether what combines them reads the experts' last states (the released code) or their scores.
+            aggregate: Whether what combines them reads the experts' last states and the text's means (the released
+                code: last states) or their scores.
             aggregate_dim: Its hidden width, at least 2; the released code has D. 0 is a linear map in place of an MLP.
             aggregate_start: How it begins its phase: as the score of the expert of the capability `preference`, or
                 without one as the mean of all scores; or at random (the released code).
-            aggregate_decay: Weight of the squared distance of a linear map from its start in the loss of its phase, so
-                that few pairs of a rare kind move it less; how loud the expert of the preference is stays free.
+            aggregate_decay: Weight of the squared distance of a linear map of scores from its start in the loss of its
+                phase, so that few pairs of a rare kind move it less; how loud the expert of the preference is stays
+                free.
             router_dim: Hidden width of the router.
 
         Raises:
@@ -261,8 +278,12 @@ class DMoERM(Backbone):
         require(aggregate_dim == 0 or aggregate_dim >= 2, "aggregate_dim", aggregate_dim, "must be 0 or at least 2")
         require(aggregate_decay >= 0, "aggregate_decay", aggregate_decay, "must not be negative")
         if aggregate_decay:
-            rule = "is for a linear map of capabilities (aggregate_dim=0) with a start (aggregate_start='preference')"
-            held = bool(capabilities) and aggregate_dim == 0 and aggregate_start == "preference"
+            rule = (
+                "is for a linear map of scores (capabilities, aggregate='score', aggregate_dim=0) with a start "
+                "(aggregate_start='preference')"
+            )
+            linear = bool(capabilities) and aggregate == "score" and aggregate_dim == 0
+            held = linear and aggregate_start == "preference"
             require(held, "aggregate_decay", aggregate_decay, rule)
         require(len(groups) >= 1, "groups", groups, "needs at least one inner model")
         layers = 0 if 0 in (task_layers, capability_layers) else max(task_layers, capability_layers)
@@ -295,7 +316,7 @@ class DMoERM(Backbone):
         inner = [self.build_inner(names) for names in self.names]
         self.outer = MoELayer(
             TopKRouter(router_dim, len(inner), 1, normalize=False),
-            ModuleExperts(inner, stream=[-1] * len(inner), unit_ndims=(2, 1)),
+            ModuleExperts(inner, stream=[-1] * len(inner), unit_ndims=UNIT_NDIMS),
             combine="select",
         )
         self.complete()
@@ -331,7 +352,7 @@ class DMoERM(Backbone):
         if oracle:
             known = torch.where(inputs.groups >= 0, inputs.groups, route)
             used = forced(known, len(self.groups))
-        out = self.outer((inputs.hidden, inputs.mask), router_input=features, routing=used)
+        out = self.outer(inputs.streams, router_input=features, routing=used)
         return Reading(out[:, 0], out[:, 1:], route)
 
     @property
@@ -391,7 +412,7 @@ class DMoERM(Backbone):
                 losses.append(capability_loss(chosen[rows], rejected[rows], wanted[rows]))
             return torch.stack(losses).sum(), right
         if phase == JOINT:
-            rewards = self.inner[0].task_rewards(inputs.hidden, inputs.mask)
+            rewards = self.inner[0].task_rewards(inputs.streams)
         elif phase == TASK:
             rewards = self.by_group(inputs, InnerModel.task_rewards)
         else:
@@ -403,14 +424,14 @@ class DMoERM(Backbone):
             loss = loss + self.aggregate_decay * torch.stack(distances).mean()
         return loss, rewards[:pairs] > rewards[pairs:]
 
-    def by_group(self, inputs: Inputs, ask: Callable[[InnerModel, Tensor, Tensor], Tensor]) -> Tensor:
+    def by_group(self, inputs: Inputs, ask: Callable[[InnerModel, Streams], Tensor]) -> Tensor:
         """What each text's own inner model answers, `(B, ...)`."""
         places, answers = [], []
         for number, model in enumerate(self.inner):
             rows = (inputs.groups == number).nonzero()[:, 0]
             if len(rows):
                 places.append(rows)
-                answers.append(ask(model, inputs.hidden[rows], inputs.mask[rows]))
+                answers.append(ask(model, (inputs.hidden[rows], inputs.mask[rows], inputs.means[rows])))
         return torch.cat(answers)[torch.cat(places).argsort()]
 
 

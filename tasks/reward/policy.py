@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.reward.backbone import Backbone, Inputs
+from tasks.reward.backbone import Backbone, Inputs, pool_states
 from tasks.reward.data import CandidateDataset
 from tasks.reward.examples import Candidate
 from tasks.reward.texts import ANSWER, pad
@@ -231,8 +231,9 @@ def rate(
         unknown, prompts = torch.full((len(rows),), -1), read_prompts(models, dataset, batch.prompts)
         for numbers in alike.values():
             hidden = models[numbers[0]].prefix(batch.input_ids, batch.mask, batch.type_ids)
+            means = pool_states(hidden, batch.mask, batch.type_ids)
             for number in numbers:
-                reading = models[number].read(Inputs(hidden, batch.mask, prompts, unknown))
+                reading = models[number].read(Inputs(hidden, batch.mask, means, prompts, unknown))
                 rewards[number, rows] = reading.reward.double().numpy()
     return rewards
 

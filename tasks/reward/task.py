@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
-from tasks.reward.backbone import Backbone, Inputs
+from tasks.reward.backbone import Backbone, Inputs, pool_states
 from tasks.reward.baselines import LoraEnsemble, ObjectiveModel
 from tasks.reward.data import CandidateDataset, PairDataset, RewardDataModule, TextDataset, number_prompts
 from tasks.reward.evaluate import (
@@ -217,7 +217,8 @@ class RewardTask(MoETask):
             prompts = self.prompt_states(model, batch, dataset).repeat(copies, 1)
         else:
             prompts = hidden.new_zeros(len(batch.texts), model.dim)
-        return Inputs(hidden, batch.mask, prompts, groups.repeat(copies))
+        means = pool_states(hidden, batch.mask, batch.type_ids)
+        return Inputs(hidden, batch.mask, means, prompts, groups.repeat(copies))
 
     def states(self, model: Backbone, batch: Batch, dataset: TextDataset) -> Tensor:
         """What enters the first adapted layer, `(B, L, D)`."""

@@ -36,7 +36,7 @@ class Tokens:
 
     Attributes:
         ids: Its tokens.
-        types: 0 for the prompt, 1 for the answer; 0 throughout for causal models.
+        types: 0 for the prompt, 1 for the answer.
         cut_prompt: Tokens that its prompt has lost.
         cut_answer: Tokens that its answer has lost.
     """
@@ -96,7 +96,7 @@ def encode_texts(
         kept = without_middle(answer, room - min(len(asked), least_prompt), ANSWER_HEAD)
         left = without_middle(asked, room - len(kept), PROMPT_HEAD)
         ids = [*before, *sizes["input_ids"][size_of(len(answer))], *left, *between, *kept, *after]
-        second = len(kept) + len(after) if encoder else 0
+        second = len(kept) + len(after)
         types = [0] * (len(ids) - second) + [1] * second
         found.append(Tokens(ids, types, len(asked) - len(left), len(answer) - len(kept)))
     return found

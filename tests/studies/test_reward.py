@@ -204,7 +204,7 @@ def test_the_reading_of_the_task_models_is_theirs(folder, arguments):
     inputs = task.inputs(model, dataset.collate(list(range(len(dataset)))), dataset)
     with torch.no_grad():
         route = model.read(inputs).route
-        rewards = torch.stack([inner.task_rewards(inputs.hidden, inputs.mask) for inner in model.inner], dim=1)
+        rewards = torch.stack([inner.task_rewards(inputs.streams) for inner in model.inner], dim=1)
     own = rewards.gather(1, route[:, None])[:, 0]
     values = study.numbers(row(folder, "dmoerm.seed0")["differences"]["task"])
     np.testing.assert_allclose((own[: len(dataset)] - own[len(dataset) :]).numpy(), values, atol=2e-2)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
 
-from tasks.reward.backbone import Backbone, Inputs
+from tasks.reward.backbone import Backbone, Inputs, pool_states
 from tasks.reward.examples import Pair, generate_pairs
 from tests.helpers import bases
 
@@ -65,7 +65,8 @@ def inputs_of(model: Backbone, found: dict[str, torch.Tensor], groups: list[int]
     """What a model reads of texts."""
     hidden = model.prefix(found["input_ids"], found["mask"], found["type_ids"])
     prompts = model.read_prompts(found["prompt_ids"], found["prompt_mask"])
-    return Inputs(hidden, found["mask"], prompts, torch.tensor(groups))
+    means = pool_states(hidden, found["mask"], found["type_ids"])
+    return Inputs(hidden, found["mask"], means, prompts, torch.tensor(groups))
 
 
 @torch.no_grad()

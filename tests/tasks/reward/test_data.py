@@ -99,7 +99,7 @@ def test_a_causal_model_reads_prompt_and_answer_in_turn(bases):
     found = words(tokenizer, text.ids)
     assert found[:7] == ["<s>", "18", "how", "do", "i", "travel", "to"]
     assert found[-4:] == ["take", "the", "train", "</s>"]
-    assert set(text.types) == {0}
+    assert text.types == [0] * (len(found) - 4) + [1] * 4, "no base reads them, heads' means do"
 
 
 def test_padding_is_on_the_right(bases):

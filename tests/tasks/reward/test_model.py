@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from toys import CARD
 
 import zoo
-from tasks.reward.backbone import bert_layer
+from tasks.reward.backbone import bert_layer, pool_states
 from tasks.reward.baselines import LoraEnsemble, ObjectiveModel, reduce_members
 from tasks.reward.lora import LoraExperts, attached
 from tasks.reward.model import PHASES, DMoERM, InnerModel
@@ -88,8 +88,10 @@ def test_one_stacked_pass_is_one_pass_of_peft_for_each_expert(bases, kind, task,
     for inner in model.inner:
         own = matrices(model, inner.task, 0)
         with torch.no_grad():
-            states = inner.states(inputs.hidden, inputs.mask)
-            single = inner.finish(inputs.hidden, inputs.mask, (inner.task,))[:, 0]
+            states = inner.states(inputs.streams)
+            single = inner.finish(inputs.streams, (inner.task,))[:, 0]
+            assert torch.equal(states[..., model.dim :], inputs.means[:, None].expand(-1, len(CAPABILITIES), -1))
+        single, states = single[..., : model.dim], states[..., : model.dim]
         torch.testing.assert_close(single, peft_state(base, found, [own]), atol=1e-4, rtol=1e-4)
         for number in range(len(CAPABILITIES)):
             expected = peft_state(base, found, [own, matrices(model, inner.experts, number)])
@@ -125,13 +127,28 @@ def test_an_untrained_model_is_its_base_and_reads_prompts_as_it_does(bases, kind
     expected = peft_state(bases[kind], found, [matrices(model, model.inner[0].task, 0)])
     with torch.no_grad():
         for inner in model.inner:
-            for state in inner.states(inputs.hidden, inputs.mask).unbind(1):
+            for state in inner.states(inputs.streams)[..., : model.dim].unbind(1):
                 torch.testing.assert_close(state, expected, atol=1e-5, rtol=1e-4)
         base = load_encoder(bases[kind])
         states = base(input_ids=found["prompt_ids"], attention_mask=found["prompt_mask"].long()).last_hidden_state
     mean = states.mean(1)
     normal = (mean - mean.mean(1, keepdim=True)) / (mean.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(inputs.prompts, normal, atol=1e-4, rtol=1e-4)
+
+
+def test_means_are_those_of_a_loop_over_texts(bases):
+    model, found = dmoerm(bases["bert"]), texts()
+    hidden = model.prefix(found["input_ids"], found["mask"], found["type_ids"])
+    # Padding, and a text without an answer.
+    hidden[~found["mask"]] = 1e4
+    found["type_ids"][2] = 0
+    for row, mean in enumerate(pool_states(hidden, found["mask"], found["type_ids"])):
+        of = hidden[row][found["mask"][row]]
+        answer = of[found["type_ids"][row][: len(of)] == 1]
+        for part, states in zip(mean.split(model.dim), (of, answer), strict=True):
+            expected = states.mean(0) if len(states) else torch.zeros(model.dim)
+            expected = (expected - expected.mean()) / (expected.var(unbiased=False) + 1e-5).sqrt()
+            torch.testing.assert_close(part, expected, atol=1e-4, rtol=1e-4)
 
 
 def dmoerm_of(base, aggregate, linear, names=CAPABILITIES):
@@ -155,9 +172,10 @@ def test_rewards_are_those_of_each_texts_own_inner_model(bases, aggregate, linea
         for number in range(len(ROUTES)):
             for reading, group in ((oracle, ROUTES[number]), (predicted, int(route[number]))):
                 inner = model.inner[group]
-                states = inner.states(inputs.hidden[number : number + 1], inputs.mask[number : number + 1])
+                states = inner.states(tuple(part[number : number + 1] for part in inputs.streams))
                 scores = (states * inner.experts.head).sum(-1)
-                read = states.flatten(1) if aggregate == "hidden" else scores
+                last = states[..., : model.dim].flatten(1)
+                read = torch.cat([last, inputs.means[number][None]], 1) if aggregate == "hidden" else scores
                 if linear:
                     expected = read @ inner.combine.weight.T
                 else:
@@ -270,8 +288,8 @@ def test_the_expert_of_the_preference_is_the_task_model_whatever_is_trained(base
                 optimizer.step()
         with torch.no_grad():
             for inner in model.inner:
-                scores = inner.capability_scores(inputs.hidden, inputs.mask)
-                wanted = inner.task_rewards(inputs.hidden, inputs.mask)
+                scores = inner.capability_scores(inputs.streams)
+                wanted = inner.task_rewards(inputs.streams)
                 torch.testing.assert_close(scores[:, 1], wanted, atol=1e-5, rtol=1e-4)
                 assert not torch.allclose(scores[:, 0], wanted, atol=1e-3)
 
@@ -303,12 +321,12 @@ def test_inner_models_may_share_their_experts(bases, tmp_path):
     model.begin("capability")
     mean = torch.stack([first.task.head[0], second.task.head[0]]).mean(0)
     assert all(torch.equal(head, mean) for head in first.experts.head)
-    before = first.capability_scores(inputs.hidden, inputs.mask).detach()
+    before = first.capability_scores(inputs.streams).detach()
     step(model, "capability", inputs_of(model, texts(), [1] * 6), preferences)
     # What the second inner model's pairs teach, the first knows too, on top of a task model of its own.
-    after = first.capability_scores(inputs.hidden, inputs.mask).detach()
+    after = first.capability_scores(inputs.streams).detach()
     assert not torch.allclose(before, after, atol=1e-3)
-    assert not torch.allclose(after, second.capability_scores(inputs.hidden, inputs.mask), atol=1e-3)
+    assert not torch.allclose(after, second.capability_scores(inputs.streams), atol=1e-3)
     loaded = zoo.load(zoo.save(model.eval(), tmp_path / "saved", card=CARD))
     torch.testing.assert_close(loaded.read(inputs).reward, model.read(inputs).reward)
     assert loaded.inner[0].experts is loaded.inner[1].experts
@@ -321,7 +339,7 @@ def test_scores_are_combined_in_units_of_what_they_differ_by(bases):
     model = stir(DMoERM(GROUPS, ["length", "refusal"], bases["bert"], aggregate="score", aggregate_dim=0))
     inner, inputs = model.inner[0], inputs_of(model, texts(), [0] * 6)
     preferences = torch.ones(3, 2, dtype=torch.int8)
-    scores = inner.capability_scores(inputs.hidden, inputs.mask).detach()
+    scores = inner.capability_scores(inputs.streams).detach()
     expected = (scores[:3] - scores[3:]).square().mean(0)
     for _ in range(3):
         model.phase_loss("capability", inputs, preferences)
@@ -342,7 +360,7 @@ def test_scores_are_combined_in_units_of_what_they_differ_by(bases):
         assert float(inner.square[1]) == 0, "of pairs that are not learned from nothing is kept"
         model.begin("aggregate")
         inner.combine.weight.copy_(torch.tensor([[1.0, 0.0]]))
-        rewards = inner((inputs.hidden, inputs.mask))[:, 0]
+        rewards = inner(inputs.streams)[:, 0]
     assert (rewards[:3] - rewards[3:]).square().mean() == pytest.approx(1, rel=1e-2)
     assert inner.unit[1] > 0, "a score that is always the same can be combined"
 
@@ -366,16 +384,15 @@ def test_a_linear_aggregation_may_be_held_to_its_start(bases):
     losses = [model.phase_loss("aggregate", inputs, preferences)[0] for model in (free, held)]
     assert (losses[1] - losses[0]).item() == pytest.approx(0.3 * 4), "the preference may be as loud as it likes"
     assert held.phase_loss("task", inputs, preferences)[0] == free.phase_loss("task", inputs, preferences)[0]
-    mean = stir(DMoERM(GROUPS, ["length", "refusal"], bases["bert"], aggregate_dim=0, aggregate_decay=0.3)).inner[0]
+    scores = {"aggregate": "score", "aggregate_dim": 0, "aggregate_decay": 0.3}
+    mean = stir(DMoERM(GROUPS, ["length", "refusal"], bases["bert"], **scores)).inner[0]
     mean.begin()
     with torch.no_grad():
-        mean.combine.weight[0, ::2] += 1
-    assert mean.distance().item() == pytest.approx(mean.combine.weight.shape[1] / 2, rel=1e-4), (
-        "without one all are held"
-    )
-    for wrong in ({"aggregate_dim": 8}, {"aggregate_dim": 0, "aggregate_start": "random"}):
+        mean.combine.weight += 1
+    assert mean.distance().item() == pytest.approx(2, rel=1e-4), "without one all are held"
+    for wrong in ({"aggregate_dim": 8}, {"aggregate": "hidden"}, {"aggregate_start": "random"}):
         with pytest.raises(ValueError, match=r"aggregate_decay=0\.3: is for a linear map"):
-            DMoERM(GROUPS, names, bases["bert"], aggregate_decay=0.3, **wrong)
+            DMoERM(GROUPS, names, bases["bert"], **{**scores, **wrong})
     with pytest.raises(ValueError, match=r"aggregate_decay=0\.3: is for a linear map"):
         DMoERM(GROUPS, base=bases["bert"], aggregate_dim=0, aggregate_decay=0.3)
     with pytest.raises(ValueError, match=r"aggregate_decay=-1: must not be negative"):
@@ -395,7 +412,7 @@ def test_groups_may_have_capabilities_of_their_own(bases):
     expected, decisions = 0.0, 0
     for number, inner in enumerate(model.inner):
         rows = [row for row in range(3) if int(inputs.groups[row]) == number]
-        scores = inner.capability_scores(inputs.hidden, inputs.mask)
+        scores = inner.capability_scores(inputs.streams)
         for place, name in enumerate(model.names[number]):
             column = model.capability_names.index(name)
             signs = [(row, int(preferences[row, column])) for row in rows if preferences[row, column]]
@@ -447,7 +464,7 @@ def test_the_twin_is_one_lora_and_its_reward_the_task_models(bases):
     inputs = inputs_of(model, texts(), [0] * 6)
     with torch.no_grad():
         reading = model.read(inputs)
-        torch.testing.assert_close(reading.reward, model.inner[0].task_rewards(inputs.hidden, inputs.mask))
+        torch.testing.assert_close(reading.reward, model.inner[0].task_rewards(inputs.streams))
     assert reading.scores.shape == (6, 0) and not model.phase_parameters("capability")
 
 
@@ -492,7 +509,7 @@ def test_members_of_an_ensemble_are_separate_models(bases):
     reading = model.read(inputs)
     for number in range(3):
         state = peft_state(bases["bert"], found, [matrices(model, model.experts, number)])
-        expected = state @ model.experts.head[number]
+        expected = torch.cat([state, inputs.means], dim=1) @ model.experts.head[number]
         torch.testing.assert_close(reading.scores[:, number], expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(reading.reward, reading.scores.mean(1))
     assert torch.equal(reduce_members(reading.scores, "worst", 0.0), reading.scores.min(1).values)
@@ -532,4 +549,4 @@ def test_an_inner_model_without_experts_says_so(bases):
     model = DMoERM({"all": []}, base=bases["bert"])
     inputs = inputs_of(model, texts(), [0] * 6)
     with pytest.raises(ValueError, match="no capability experts"):
-        InnerModel.states(model.inner[0], inputs.hidden, inputs.mask)
+        InnerModel.states(model.inner[0], inputs.streams)
