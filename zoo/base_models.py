@@ -261,6 +261,19 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def random_tokens(like: Tensor, vocabulary: int) -> Tensor:
+    """Tokens for the golden input of a checkpoint: this is given away, and a text of the data may not be ours to give.
+
+    Args:
+        like: Any shape; always the same for the same one.
+        vocabulary: How many there are.
+
+    Returns:
+        int64 of that shape.
+    """
+    return torch.randint(vocabulary, like.shape, generator=torch.Generator().manual_seed(0))
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars, and no tables of keys that `load_encoder` judges itself."""

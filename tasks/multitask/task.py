@@ -26,6 +26,7 @@ from tasks.multitask.evaluate import (
 from tasks.multitask.model import MultitaskModel
 from tasks.multitask.plots import plot_dependence, plot_experts, plot_scores
 from zoo import hub
+from zoo.base_models import random_tokens
 from zoo.callbacks import BiasBalancing
 from zoo.moe import expert_loads, expert_shares, group_dependence, routed_modules
 from zoo.report import print_table, write_metrics, write_predictions
@@ -286,9 +287,10 @@ class MultitaskTask(MoETask):
         folder = Path(self.trainer.default_root_dir) / "checkpoint"
         self.load_best()
         golden = self.data.collate(self.dataset("val_set"), range(min(GOLDEN, len(self.dataset("val_set")))))
+        tokens = random_tokens(golden.input_ids, self.model.transformer.config.vocab_size)
         card = adapter_card(self.model, self.data, int(self.trainer.global_step))
         self.model.cpu().eval()
-        hub.save(self.model, folder, card=card, golden_input=golden.inputs, config=self.config())
+        hub.save(self.model, folder, card=card, golden_input=[tokens, *golden.inputs[1:]], config=self.config())
         print(f"Checkpoint: {folder}")
 
     def config(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tasks.qa.model import QAReader
 from tasks.qa.plots import plot_scores, plot_shares
 from tasks.qa.windows import Batch
 from zoo import hub
+from zoo.base_models import random_tokens
 from zoo.moe import expert_loads, expert_shares
 from zoo.report import print_table, write_metrics, write_predictions
 from zoo.task import MoETask, StepOutput, check_network
@@ -227,7 +228,8 @@ class QATask(MoETask):
             learned.lerp_(value.to(learned.device), 1 - self.mixing)
         dataset: WindowDataset = self.data.require("val_set")
         batch = next(iter(self.data.loader(WindowDataset(dataset.examples, dataset.windows[:2]))))
-        golden = [batch.input_ids, batch.attention_mask, batch.type_ids]
+        tokens = random_tokens(batch.input_ids, self.model.encoder.config.vocab_size)
+        golden = [tokens, batch.attention_mask, batch.type_ids]
         config = (hub.assets() / "configs/qa/minilm-moe.yaml").read_text()
         card = reader_card(self.model, self.data, self.trainer.current_epoch, self.mixing)
         hub.save(self.model.cpu().eval(), folder, card=card, golden_input=golden, config=config)

@@ -24,6 +24,7 @@ from tasks.reward.model import JOINT, DMoERM, category_numbers
 from tasks.reward.plots import plot_consistency, plot_routes
 from tasks.reward.texts import Batch, StateStore, fingerprint, pad
 from zoo import hub
+from zoo.base_models import random_tokens
 from zoo.errors import UnknownNameError
 from zoo.report import print_table, write_metrics, write_predictions
 from zoo.task import MoETask, StepOutput, check_network, warmup_cosine
@@ -267,8 +268,9 @@ class RewardTask(MoETask):
         """Save the model as a checkpoint in the run folder; all that was trained is what is saved."""
         self.model.requires_grad_(False)
         batch = self.data.require("val_set").collate([0])  # type: ignore[attr-defined]
-        golden = [batch.input_ids, batch.mask, batch.type_ids]
-        golden += [part.repeat(2, 1) for part in (batch.prompt_ids, batch.prompt_mask)]
+        vocabulary = self.model.encoder.config.vocab_size
+        golden = [random_tokens(batch.input_ids, vocabulary), batch.mask, batch.type_ids]
+        golden += [random_tokens(batch.prompt_ids, vocabulary).repeat(2, 1), batch.prompt_mask.repeat(2, 1)]
         config = (hub.assets() / "configs/reward/dmoerm-minilm.yaml").read_text()
         folder = Path(self.trainer.default_root_dir) / "checkpoint"
         card = reward_card(self.model, self.data, self.epochs)

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from command_line import sentence
+from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score
 
 import zoo
@@ -20,6 +21,7 @@ from tasks.multitask.model import MultitaskModel
 from tasks.multitask.task import Answers, MultitaskTask, plain, recorded_rivals, shares_in_words, shortened
 from tests.helpers.bases import save_bert, word_pieces
 from zoo import hub
+from zoo.base_models import random_tokens
 from zoo.cli import main
 from zoo.errors import UnknownNameError
 from zoo.moe import collect_aux_losses, routed_modules
@@ -114,6 +116,14 @@ def test_fit_keeps_the_best_epoch_and_what_it_needs_to_be_tested(trained: Path, 
     assert config["data"]["init_args"]["source"] == "generated" and "network" not in str(config)
     card = hub.info(trained / "checkpoint").card
     assert "(synthetic)" in card.data and "80 steps" in card.data
+
+
+def test_a_checkpoint_gives_no_text_of_the_data_away(trained: Path) -> None:
+    golden = load_file(trained / "checkpoint/golden.safetensors")
+    model = hub.load_as(trained / "checkpoint", MultitaskModel)
+    vocabulary = model.transformer.config.vocab_size
+    assert torch.equal(golden["input.0"], random_tokens(golden["input.0"], vocabulary))
+    assert golden["input.0"].unique().numel() > 20 and golden["input.0"].max() < vocabulary
 
 
 def test_an_answer_has_a_loss_where_the_right_one_is_known(trained: Path) -> None:
