@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="nn.Module")
 
 FORMAT_VERSION = 1
+# What marks numbers that were not measured now.
+RECORDED = " (recorded)"
 FILES = ("model.safetensors", "metadata.json", "README.md", "golden.safetensors", "config.yaml")
 GOLDEN_TOLERANCE = 1e-4
 _METRICS_BEGIN, _METRICS_END = "<!-- metrics -->", "<!-- /metrics -->"
@@ -270,6 +272,28 @@ def update_metrics(
     text = _replace_metrics(readme.read_text("utf-8"), results, readme)
     _write_metadata(replace(found, card=replace(found.card, results=results)))
     _write_text(readme, text)
+
+
+def recorded(name_or_folder: str | Path, keys: Iterable[str]) -> list[dict[str, Any]]:
+    """What a checkpoint's metadata say of other methods: `<method>/<metric>`, with the command that measured it.
+
+    Args:
+        name_or_folder: The checkpoint.
+        keys: Metrics to look for.
+
+    Returns:
+        One row per method: `method`, marked as recorded, `command`, and its metrics.
+    """
+    longest = sorted(keys, key=len, reverse=True)
+    rows: dict[str, dict[str, Any]] = {}
+    for result in info(name_or_folder).card.results:
+        for name, value in result.metrics.items():
+            key = next((key for key in longest if name.endswith(f"/{key}")), None)
+            if key is not None:
+                method = name.removesuffix(f"/{key}")
+                row = rows.setdefault(method, {"method": f"{method}{RECORDED}", "command": result.command})
+                row[key] = value
+    return list(rows.values())
 
 
 def verify(name_or_folder: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from zoo import hub
 from zoo.errors import UnknownNameError
 from zoo.moe import collect_aux_losses
 from zoo.report import print_table, write_metrics, write_predictions
@@ -176,6 +177,45 @@ class MoETask(pl.LightningModule):
             best = getattr(callback, "best_model_path", "")
             if best and getattr(callback, "monitor", None):
                 self.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
+
+    def data_config(self, data: pl.LightningDataModule, out: str) -> dict[str, Any]:
+        """What `moe-zoo test` runs on a checkpoint: the data that were learned from.
+
+        Args:
+            data: These; their hyperparameters have to be saved.
+            out: The run folder of tests.
+        """
+        known, given = inspect.signature(type(data)).parameters, data.hparams
+        chosen = {name: given[name] for name in known if name != "root" and given[name] is not None}
+        return {
+            "seed_everything": 0,
+            "model": {"class_path": f"{type(self).__module__}.{type(self).__name__}"},
+            "data": {"class_path": f"{type(data).__module__}.{type(data).__name__}", "init_args": chosen},
+            "trainer": {"accelerator": "auto", "enable_model_summary": False, "default_root_dir": out},
+        }
+
+    def report_recorded(
+        self, checkpoint: str | None, own: Mapping[str, float], measured: Collection[str] = ()
+    ) -> dict[str, float]:
+        """Print what a checkpoint has recorded of other methods beside its own metrics.
+
+        Args:
+            checkpoint: Its name; None has recorded nothing.
+            own: Its metrics.
+            measured: Methods that the test measures itself.
+
+        Returns:
+            The recorded ones as `<method>/<metric>`.
+        """
+        rows = hub.recorded(checkpoint, own) if checkpoint else []
+        rows = [row for row in rows if row["method"].removesuffix(hub.RECORDED) not in measured]
+        if rows:
+            print_table("Beside what is recorded of other methods", [{"method": "ours", **own}, *rows])
+            for command in dict.fromkeys(row["command"] for row in rows):
+                print(f"Recorded of: {command}")
+        return {
+            f"{row['method'].removesuffix(hub.RECORDED)}/{key}": row[key] for row in rows for key in own if key in row
+        }
 
     def report_predictions(self, folder: Path) -> None:
         """After predicting: write `predictions.parquet`, one row per sample that `predict_step` kept.

@@ -1,6 +1,5 @@
 """Lightning task of many tasks at once: train an adapter, score it task by task, label a user's texts."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,23 +289,9 @@ class MultitaskTask(MoETask):
         tokens = random_tokens(golden.input_ids, self.model.transformer.config.vocab_size)
         card = adapter_card(self.model, self.data, int(self.trainer.global_step))
         self.model.cpu().eval()
-        hub.save(self.model, folder, card=card, golden_input=[tokens, *golden.inputs[1:]], config=self.config())
+        config = self.data_config(self.data, "runs/multitask/test")
+        hub.save(self.model, folder, card=card, golden_input=[tokens, *golden.inputs[1:]], config=config)
         print(f"Checkpoint: {folder}")
-
-    def config(self) -> dict[str, Any]:
-        """What `moe-zoo test` runs on the checkpoint: the data that were learned from."""
-        known, given = inspect.signature(type(self.data)).parameters, self.data.hparams
-        chosen = {name: given[name] for name in known if name != "root" and given[name] is not None}
-        return {
-            "seed_everything": 0,
-            "model": {"class_path": f"{type(self).__module__}.{type(self).__name__}"},
-            "data": {"class_path": f"{type(self.data).__module__}.{type(self.data).__name__}", "init_args": chosen},
-            "trainer": {
-                "accelerator": "auto",
-                "enable_model_summary": False,
-                "default_root_dir": "runs/multitask/test",
-            },
-        }
 
     def on_test_start(self) -> None:
         """Begin new answers."""
@@ -328,7 +313,9 @@ class MultitaskTask(MoETask):
             print(f"{repeated} of them repeat a text of the training part: dup_of_train in predictions.parquet.")
         metrics = report.metrics(OURS) | {f"{task.name}/n": float(len(task.targets)) for task in tasks}
         metrics |= {f"{MAJORITY}/{key}": value for key, value in report.metrics(MAJORITY).items()}
-        metrics |= self.report_rivals(report)
+        metrics |= self.report_recorded(
+            self.pretrained, {key: report.metrics(OURS)[key] for key in report.main_names()}
+        )
         pictures = [plot_scores(report, folder / "scores.png")]
         if answers.loads:
             pictures += self.report_experts(dataset, answers, folder, metrics)
@@ -339,19 +326,6 @@ class MultitaskTask(MoETask):
             row |= {"target": example.label, "dup_of_train": example.in_training}
         write_predictions(folder, rows)
         return metrics
-
-    def report_rivals(self, report: Report) -> dict[str, float]:
-        """Print what the checkpoint has recorded of other methods, and hand it on as metrics."""
-        rivals = recorded_rivals(self.pretrained, report.main_names()) if self.pretrained else []
-        if rivals:
-            own = {"method": OURS} | {key: report.metrics(OURS)[key] for key in report.main_names()}
-            print_table("Beside what is recorded of other methods", [own, *rivals], [*own, "command"])
-        return {
-            f"{row['method'].removesuffix(RECORDED)}/{key}": value
-            for row in rivals
-            for key, value in row.items()
-            if key not in ("method", "command")
-        }
 
     def report_experts(
         self, dataset: TaskDataset, answers: Answers, folder: Path, metrics: dict[str, float]
@@ -415,30 +389,6 @@ class MultitaskTask(MoETask):
         """A part of the data."""
         dataset: TaskDataset = self.data.require(name)  # type: ignore[assignment]
         return dataset
-
-
-RECORDED = " (recorded)"
-
-
-def recorded_rivals(name: str, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """What a checkpoint's metadata say of other methods: `<method>/<metric>`, with the command that measured it.
-
-    Args:
-        name: Of the checkpoint.
-        keys: Metrics to look for.
-
-    Returns:
-        One row per method.
-    """
-    rows: dict[str, dict[str, Any]] = {}
-    for result in hub.info(name).card.results:
-        for recorded, value in result.metrics.items():
-            key = next((key for key in sorted(keys, key=len, reverse=True) if recorded.endswith(f"/{key}")), None)
-            method = recorded.removesuffix(f"/{key}")
-            if key is not None and method != MAJORITY:
-                row = rows.setdefault(method, {"method": f"{method}{RECORDED}", "command": result.command})
-                row[key] = value
-    return list(rows.values())
 
 
 def numbered(dataset: TaskDataset, places: Sequence[int], answers: Sequence[str]) -> tuple[Labels, Labels]:

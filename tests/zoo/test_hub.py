@@ -81,6 +81,17 @@ def test_parameters_are_stored_in_half_precision_and_buffers_are_not(model, tmp_
     zoo.verify(folder)
 
 
+def test_what_is_recorded_of_other_methods(folder):
+    measured = {"lora-r64/average": 61.0, "lora-r64/mood/accuracy": 70.0, "average": 80.0, "lora-r64/n": 3.0}
+    zoo.update_metrics(folder, measured, "python -m a.study", "1234567")
+    zoo.update_metrics(folder, {"heads/average": 50.0}, "python -m another", "1234567")
+    assert hub.recorded(folder, ["average", "mood/accuracy"]) == [
+        {"method": "lora-r64 (recorded)", "command": "python -m a.study", "average": 61.0, "mood/accuracy": 70.0},
+        {"method": "heads (recorded)", "command": "python -m another", "average": 50.0},
+    ]
+    assert hub.recorded(folder, ["f1"]) == []
+
+
 def test_tied_weights_and_several_golden_inputs_and_outputs(tmp_path):
     folder = zoo.save(Tied(), tmp_path / "tied", card=CARD, golden_input=[torch.randn(2, 3), torch.randn(2, 3)])
     loaded = zoo.load(folder)
