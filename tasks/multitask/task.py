@@ -313,9 +313,8 @@ class MultitaskTask(MoETask):
             print(f"{repeated} of them repeat a text of the training part: dup_of_train in predictions.parquet.")
         metrics = report.metrics(OURS) | {f"{task.name}/n": float(len(task.targets)) for task in tasks}
         metrics |= {f"{MAJORITY}/{key}": value for key, value in report.metrics(MAJORITY).items()}
-        metrics |= self.report_recorded(
-            self.pretrained, {key: report.metrics(OURS)[key] for key in report.main_names()}
-        )
+        own = {key: report.metrics(OURS)[key] for key in report.main_names()}
+        metrics |= self.report_recorded(self.pretrained, own, [MAJORITY])
         pictures = [plot_scores(report, folder / "scores.png")]
         if answers.loads:
             pictures += self.report_experts(dataset, answers, folder, metrics)

@@ -314,10 +314,11 @@ def test_what_a_checkpoint_has_recorded_of_others(trained: Path, tmp_path: Path,
         card=hub.info(trained / "checkpoint").card,
         config=(trained / "checkpoint/config.yaml").read_text(),
     )
-    measured = {"lora-r64/average": 61.0, "lora-r64/mood/accuracy": 70.0, "average": 80.0}
+    measured = {"lora-r64/average": 61.0, "lora-r64/mood/accuracy": 70.0, "average": 80.0, "majority/average": 5.0}
     zoo.update_metrics(folder, measured, "python -m a.study", "1234567")
     main(["test", str(folder), "--data.score_cap=6", *QUIET, "--out", str(tmp_path)])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["majority/average"] > 5, "that is measured"
     assert metrics["lora-r64/average"] == 61.0 and metrics["lora-r64/mood/accuracy"] == 70.0
     assert "lora-r64 (recorded)" in capsys.readouterr().out
 
