@@ -178,19 +178,20 @@ class MoETask(pl.LightningModule):
             if best and getattr(callback, "monitor", None):
                 self.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
 
-    def data_config(self, data: pl.LightningDataModule, out: str) -> dict[str, Any]:
+    def data_config(self, data: pl.LightningDataModule, kind: type[pl.LightningDataModule], out: str) -> dict[str, Any]:
         """What `moe-zoo test` runs on a checkpoint: the data that were learned from.
 
         Args:
             data: These; their hyperparameters have to be saved.
+            kind: The class that users have, of which they may be a subclass.
             out: The run folder of tests.
         """
-        known, given = inspect.signature(type(data)).parameters, data.hparams
+        known, given = inspect.signature(kind).parameters, data.hparams
         chosen = {name: given[name] for name in known if name != "root" and given[name] is not None}
         return {
             "seed_everything": 0,
             "model": {"class_path": f"{type(self).__module__}.{type(self).__name__}"},
-            "data": {"class_path": f"{type(data).__module__}.{type(data).__name__}", "init_args": chosen},
+            "data": {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": chosen},
             "trainer": {"accelerator": "auto", "enable_model_summary": False, "default_root_dir": out},
         }
 

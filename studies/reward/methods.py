@@ -81,8 +81,8 @@ PASSES = 2
 EPOCHS = {"router": 3, "joint": 2, "task": 2, "capability": 2, "aggregate": 16}
 SHARE = 0.25
 LAST_RATE, DECAY = 2e-2, 0.03
-# Of the gate, which is drawn at random but for its last layer.
-GATE_RATE = 1e-3
+# Of the gate, which is drawn at random but for its last layer; it is held to its start as much.
+GATE_RATE, GATE_EPOCHS = 1e-3, 4
 RANK, CAPABILITY_RANK = 16, 8
 # At which one LoRA, and one of five, has as many parameters as learn in DMoERM: its expert of the preference does not.
 EQUAL_RANK, MEMBER_RANK = 152, 30
@@ -161,9 +161,9 @@ def gate(what: str, lr: float = RATE, passes: int = PASSES) -> Method:
         passes: How often its LoRA sees each pair.
     """
     plain = objectives(what, lr, passes)
-    epochs = {"objectives": passes, "gate": EPOCHS["aggregate"]}
+    epochs = {"objectives": passes, "gate": GATE_EPOCHS}
     rates = {"lr": lr, "phase_lr": {"gate": GATE_RATE}}
-    network = {**plain.network, "gate": True}
+    network = {**plain.network, "gate": True, "gate_decay": DECAY}
     return replace(plain, network=network, epochs=epochs, task=rates, data={"aggregate_share": SHARE})
 
 
@@ -201,7 +201,7 @@ METHODS: dict[str, Method] = {
         "an MLP combines last states in place of scores",
         last_lr=1e-4,
         aggregate="hidden",
-        aggregate_dim=64,
+        aggregate_dim=4,
         aggregate_decay=0.0,
     ),
     "mlp": dmoerm("an MLP combines its scores", last_lr=RATE, aggregate_dim=16, aggregate_decay=0.0),
@@ -271,8 +271,9 @@ MAIN = (
     "one-group",
     *FLIPPED,
 )
-# What a mixture has to beat.
+# What a mixture has to beat, and other readings of these.
 BASELINES = ("single", "single-equal", "objectives", "gate", "ensemble")
+READINGS = ("ensemble/worst", "ensemble/uncertainty")
 # What is compared with what, on the same pairs; names with a slash are other readings of a network.
 PAIRS = (
     ("dmoerm", "single"),
@@ -287,6 +288,7 @@ PAIRS = (
     ("dmoerm", "judge"),
     ("dmoerm", "dmoerm/task"),
     ("dmoerm", "dmoerm/oracle"),
+    ("dmoerm", "dmoerm/random"),
     ("dmoerm", "no-capabilities"),
     ("dmoerm", "six-groups"),
     ("dmoerm", "one-group"),
@@ -302,4 +304,4 @@ PAIRS = (
 # What the figure shows.
 SHOWN = ("dmoerm", "single-equal", "gate", "ensemble", "properties", "longer")
 # What picks answers of a policy, ours first.
-PROXIES = ("dmoerm", *BASELINES, "ensemble/worst", "ensemble/uncertainty")
+PROXIES = ("dmoerm", *BASELINES, *READINGS)

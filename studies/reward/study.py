@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 
 from studies.options import add_release_options, read_options, study_parser
 from studies.release import find_run, recorded, save_released
-from studies.reward.methods import BASELINES, GOLD, GROUPS, MAIN, METHODS, PAIRS, SHOWN, TRIALS, Method
+from studies.reward.methods import BASELINES, GOLD, GROUPS, MAIN, METHODS, PAIRS, READINGS, SHOWN, TRIALS, Method
 from studies.reward.properties import regress
 from studies.rows import Row, is_done, write_whole
-from tasks.reward.backbone import Backbone, Reading, stack_names
+from tasks.reward.backbone import ALPHA, Backbone, Reading, stack_names
 from tasks.reward.baselines import REDUCTIONS, LoraEnsemble, reduce_members
 from tasks.reward.capabilities import PREFERENCE_ITSELF, capability_preferences
 from tasks.reward.data import PairDataset, RewardDataModule, limit_pairs, number_prompts
@@ -40,7 +40,7 @@ from tasks.reward.examples import Pair, prompt_key, split_by_prompt
 from tasks.reward.judge import CausalJudge
 from tasks.reward.model import DMoERM, InnerModel
 from tasks.reward.plots import plot_consistency
-from tasks.reward.task import LONGER, MODELS, ORACLE, RewardTask, goals_of
+from tasks.reward.task import LONGER, MODELS, ORACLE, RANDOM, RewardTask, astray, goals_of
 from zoo import hub
 from zoo.base_models import MINILM, SMOLLM2
 from zoo.callbacks import EpochSeed
@@ -56,6 +56,8 @@ VAL, TEST = "val", "test"
 VALIDATED, VALIDATION_SEED = 0.15, 7
 # What a released network says of what it was made with.
 TERMS = {"data_terms": "mixed, one of them states none", "weights_licence": "Apache-2.0"}
+# Largest norm of a step's gradient.
+CLIP = 1.0
 # A reading of DMoERM without what its experts add.
 TASK_MODEL = "task"
 # What the slow ones are scored on: drawn from the part, the same for all.
@@ -170,7 +172,7 @@ def train(options: argparse.Namespace, one: Run, task: RewardTask, data: StudyDa
         max_epochs=len(task.plan),
         reload_dataloaders_every_n_epochs=1,
         accelerator="cpu",
-        gradient_clip_val=1.0,
+        gradient_clip_val=CLIP,
         callbacks=[EpochSeed(one.seed), timer],
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -249,6 +251,7 @@ def score(task: RewardTask, dataset: PairDataset, places: Sequence[int], batch_s
                 routes += reading.route[: len(batch)].tolist()
                 own = model.read(inputs, oracle=True)
                 rewards[ORACLE] = own.reward
+                rewards[RANDOM] = model.read(astray(model, inputs, batch), oracle=True).reward
             experts.add(model, [dataset.pairs[row] for row in batch.rows], own.scores)
         for name, of in rewards.items():
             found.setdefault(name, []).extend((of[: len(batch)] - of[len(batch) :]).tolist())
@@ -375,6 +378,10 @@ def describe(options: argparse.Namespace, one: Run) -> Row:
         found["judge"] = options.judge
     if method.data.get("held_out"):
         found["gold_limit"] = options.gold_limit
+    if method.kind == "properties":
+        found["groups"] = GROUPS
+    if method.kind in MODELS:
+        found |= {"clip": CLIP, "alpha": ALPHA}
     return {**found, **one._asdict(), "setting": setting(method)}
 
 
@@ -587,16 +594,28 @@ def verdict(report: Report | None, method: str) -> str:
         report: Of all that has been run.
         method: What is released.
     """
-    if report is None or method in BASELINES or not {method, *BASELINES} <= report.scores.keys():
+    rivals = (*BASELINES, *READINGS)
+    if report is None or method in BASELINES or not {method, *rivals} <= report.scores.keys():
         return ""
-    best = max(BASELINES, key=lambda name: float(report.values(name, POOLED).mean()))
+    best = max(rivals, key=lambda name: float(report.values(name, POOLED).mean()))
     found = report.difference(method, best, POOLED)
+    what, _, reading = best.partition("/")
+    named = METHODS[what].what + (f", read as {reading}" if reading else "")
     paid = "paid" if found.low > 0 else "did not pay"
     return (
-        f"Against the best of {len(BASELINES)} baselines ({METHODS[best].what}), over "
+        f"Against the best of {len(rivals)} readings of baselines ({named}), over "
         f"{len(report.scores[method])} seeds the difference in consistency is "
-        f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]: the mixture {paid}."
+        f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]: the mixture {paid}." + router_verdict(report, method)
     )
+
+
+def router_verdict(report: Report, method: str) -> str:
+    """What a route drawn at random would cost; nothing where there is no router."""
+    if f"{method}/{RANDOM}" not in report.scores:
+        return ""
+    found = report.difference(method, f"{method}/{RANDOM}", POOLED)
+    matters = "matters" if found.low > 0 else "does not matter"
+    return f" The router {matters}: above a random one by {found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]."
 
 
 def load_network(options: argparse.Namespace, one: Run) -> Backbone:

@@ -289,7 +289,7 @@ class MultitaskTask(MoETask):
         tokens = random_tokens(golden.input_ids, self.model.transformer.config.vocab_size)
         card = adapter_card(self.model, self.data, int(self.trainer.global_step))
         self.model.cpu().eval()
-        config = self.data_config(self.data, "runs/multitask/test")
+        config = self.data_config(self.data, MultitaskDataModule, "runs/multitask/test")
         hub.save(self.model, folder, card=card, golden_input=[tokens, *golden.inputs[1:]], config=config)
         print(f"Checkpoint: {folder}")
 

@@ -35,6 +35,7 @@ class Inputs:
         means: `(B, 2 D)` float32, `pool_states` of them.
         prompts: `(B, D)` float32, `Backbone.read_prompts` of their prompts.
         groups: `(B,)` int64, the inner model of each text's category; -1 where it is not known.
+        digest: `(B, X)`, what `Backbone.digest` makes of the texts, which are not read again then.
     """
 
     hidden: Tensor
@@ -42,6 +43,7 @@ class Inputs:
     means: Tensor
     prompts: Tensor
     groups: Tensor
+    digest: Tensor | None = None
 
     @property
     def streams(self) -> Streams:
@@ -339,6 +341,18 @@ class Backbone(AdaptedModel):
             The loss, and `(n,)` bool: of the decisions that it is about, which were right.
         """
         raise TypeError(f"{type(self).__name__} must define phase_loss(phase, inputs, preferences).")
+
+    def digest(self, phase: str, inputs: Inputs) -> Tensor | None:
+        """What a phase reads of texts and no step of it changes, so that once is enough; None where there is nothing.
+
+        Args:
+            phase: One of `phases`.
+            inputs: B texts.
+
+        Returns:
+            `(B, X)`, without gradient.
+        """
+        return None
 
     def apply_phase(self, phase: str | None) -> None:
         """Let gradients reach what a phase trains, and nothing else; None freezes all."""

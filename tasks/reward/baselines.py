@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tasks.reward.backbone import Backbone, Inputs, Reading
 from tasks.reward.losses import bradley_terry_loss, capability_loss
+from tasks.reward.units import Units
 from zoo.base_models import MINILM
 from zoo.errors import UnknownNameError
 from zoo.moe.routers.base import require
@@ -123,7 +124,7 @@ class ObjectiveModel(Backbone):
     Without gate it is the multi-task model, whose reward is the first head's. With one the reward is a sum of all
     heads', weighted by the prompt as in ArmoRM (Wang et al. 2024, arXiv 2406.12845). There the heads learn ratings,
     here the same preferences as DMoERM's experts; the gate is learned at last, with all else frozen, as there. Like
-    DMoERM's aggregation it starts at what people prefer, or almost.
+    DMoERM's aggregation it starts at what people prefer, or almost, reads scores in their units, and may be held there.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class ObjectiveModel(Backbone):
         layers: int = 1,
         rank: int = 16,
         gate_dim: int = 128,
+        gate_decay: float = 0.0,
     ) -> None:
         """Build the model.
 
@@ -146,11 +148,15 @@ class ObjectiveModel(Backbone):
             layers: Last layers with LoRA; 0 is all.
             rank: Of the LoRA.
             gate_dim: Hidden width of the gate.
+            gate_decay: Weight of the squared weights of its last layer, which are zero at its start, in the loss of its
+                phase.
 
         Raises:
-            ValueError: There is no capability, or the base has other or fewer layers.
+            ValueError: There is no capability, the decay is negative or without a gate, or the base has other or fewer
+                layers.
         """
         require(len(capabilities) >= 1, "capabilities", capabilities, "needs at least one")
+        require(gate_decay >= 0 and (gate or not gate_decay), "gate_decay", gate_decay, "is at least 0, and of a gate")
         super().__init__(base, base_sha256, layers)
         self.capabilities = capabilities
         self.capability_names = list(capabilities)
@@ -158,9 +164,11 @@ class ObjectiveModel(Backbone):
         self.layers = layers
         self.rank = rank
         self.gate_dim = gate_dim
+        self.gate_decay = gate_decay
         self.experts = self.lora_experts(1, rank)
         self.heads = nn.Linear(self.width, 1 + len(capabilities), bias=False)
         self.phases = (OBJECTIVES, GATE) if gate else (OBJECTIVES,)
+        self.units = Units(1 + len(capabilities))
         self.gating = None
         if gate:
             last = nn.Linear(gate_dim, 1 + len(capabilities))
@@ -185,7 +193,7 @@ class ObjectiveModel(Backbone):
         """Rewards `(B,)` of the objectives' scores."""
         if self.gating is None:
             return scores[:, 0]
-        return (torch.softmax(self.gating(prompts), dim=1) * scores).sum(1)
+        return (torch.softmax(self.gating(prompts), dim=1) * self.units(scores)).sum(1)
 
     def read(self, inputs: Inputs, oracle: bool = False) -> Reading:
         """Rewards and the objectives' scores; see `Backbone.read`."""
@@ -205,12 +213,27 @@ class ObjectiveModel(Backbone):
         # The experts' own head has no use where there are several.
         return [*self.experts.stacks.parameters(), *self.heads.parameters()]
 
+    def begin(self, phase: str) -> None:
+        """Let the gate find scores alike."""
+        if phase == GATE:
+            self.units.settle()
+
+    @torch.no_grad()
+    def digest(self, phase: str, inputs: Inputs) -> Tensor | None:
+        """The scores that the gate weighs; see `Backbone.digest`."""
+        return self.objective_scores(inputs) if phase == GATE else None
+
     def phase_loss(self, phase: str, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a phase; see `Backbone.phase_loss`."""
-        pairs, scores = len(preferences), self.objective_scores(inputs)
+        pairs = len(preferences)
+        scores = self.objective_scores(inputs) if inputs.digest is None else inputs.digest
         rewards = self.combine(scores, inputs.prompts) if phase == GATE else scores[:, 0]
         loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:])
+        if phase == GATE and self.gating is not None:
+            loss = loss + self.gate_decay * self.gating[2].weight.square().sum()  # type: ignore[operator]
         if phase == OBJECTIVES:
+            if torch.is_grad_enabled():
+                self.units.follow(scores[:pairs].detach() - scores[pairs:].detach())
             # They share one LoRA, in which what people prefer weighs as much as all capabilities together.
             own = capability_loss(scores[:pairs, 1:], scores[pairs:, 1:], preferences)
             loss = (loss + own / len(self.capabilities)) / 2

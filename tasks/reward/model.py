@@ -14,6 +14,7 @@ from tasks.reward.backbone import Backbone, Inputs, Reading, Streams, stack_name
 from tasks.reward.capabilities import PREFERENCE_ITSELF
 from tasks.reward.lora import LoraExperts
 from tasks.reward.losses import bradley_terry_loss, capability_loss
+from tasks.reward.units import Units
 from zoo.base_models import MINILM
 from zoo.errors import UnknownNameError
 from zoo.moe import DenseRouter, ModuleExperts, MoELayer, RoutingOutput, TopKRouter
@@ -23,11 +24,6 @@ ROUTER, JOINT, TASK, CAPABILITY, AGGREGATE = "router", "joint", "task", "capabil
 PHASES = (ROUTER, JOINT, TASK, CAPABILITY, AGGREGATE)
 AGGREGATES = ("hidden", "score")
 STARTS = ("preference", "random")
-
-# How fast the mean square of a score's differences follows them, once it is the plain mean of as many batches.
-MOMENTUM = 0.02
-# The least unit that scores are divided by.
-LEAST_UNIT = 1e-4
 
 Finish = Callable[[Streams, Sequence[LoraExperts]], Tensor]
 # Of each of `Streams`, the dimensions of a text's part.
@@ -73,15 +69,11 @@ class InnerModel(nn.Module):
         task: LoRA and head of phase 1, one expert.
         mixture: The capability experts; what they make of a text is concatenated. None without capabilities.
         own: Places of the expert of the preference, if there is one.
-        square: `(T,)`, the running mean of the squared difference of two answers' scores, and of how many batches.
-        unit: `(T,)`, its root when the aggregation began to learn.
+        units: Of the experts' scores, as they were when the aggregation began to learn.
         combine: Maps these states, or the experts' scores in their units, to the reward: an MLP, or a linear map.
     """
 
     own: Tensor
-    square: Tensor
-    batches: Tensor
-    unit: Tensor
 
     def __init__(
         self,
@@ -102,9 +94,7 @@ class InnerModel(nn.Module):
         self.aggregate = aggregate
         self.mixture: MoELayer | None = None
         if experts is not None:
-            self.register_buffer("square", torch.ones(experts.count))
-            self.register_buffer("batches", torch.zeros((), dtype=torch.long))
-            self.register_buffer("unit", torch.ones(experts.count))
+            self.units = Units(experts.count)
             parts: Any = CapabilityExperts(finish, task, experts, shared)
             self.mixture = MoELayer(DenseRouter(experts.count), parts, combine="concat")
             # The means are the same under all experts.
@@ -142,10 +132,10 @@ class InnerModel(nn.Module):
     def start(self) -> Tensor:
         """The linear map that is the score of the expert of the preference, or without one the mean of all scores."""
         experts = self.own.tolist() or list(range(self.experts.count))
-        weights = self.unit.new_zeros(self.experts.count)
+        weights = self.units.value.new_zeros(self.experts.count)
         weights[experts] = 1 / len(experts)
         if self.aggregate == "score":
-            return weights * self.unit
+            return weights * self.units.value
         last, means = self.parts(weights[:, None] * self.heads)
         return torch.cat([last.flatten(), means.sum(0)])
 
@@ -184,23 +174,22 @@ class InnerModel(nn.Module):
         """The reward and, after it, the capability experts' scores, `(B, 1 + T)`."""
         if self.mixture is None:
             return self.task_rewards(streams)[:, None]
+        return self.aggregated(self.digest(streams))
+
+    def digest(self, streams: Streams) -> Tensor:
+        """What the aggregation reads, which is nothing if it reads scores alone, and the scores: `(B, X + T)`."""
         states = self.states(streams)
         scores = (states * self.heads).sum(-1)
         if self.aggregate == "score":
-            return torch.cat([self.combine(scores / self.unit), scores], dim=1)
+            return scores
         last, means = self.parts(states)
-        reward = self.combine(torch.cat([last.flatten(1), means[:, 0]], dim=1))
+        return torch.cat([last.flatten(1), means[:, 0], scores], dim=1)
+
+    def aggregated(self, digest: Tensor) -> Tensor:
+        """The reward and the scores, `(B, 1 + T)`, of a digest."""
+        read, scores = digest.split([digest.shape[1] - self.experts.count, self.experts.count], dim=1)
+        reward = self.combine(self.units(scores) if self.aggregate == "score" else read)
         return torch.cat([reward, scores], dim=1)
-
-    @torch.no_grad()
-    def follow(self, differences: Tensor) -> None:
-        """Remember by how much scores differ, so that an aggregation to come finds them alike.
-
-        Args:
-            differences: `(P, T)` of the scores of the two answers of P pairs.
-        """
-        self.batches += 1
-        self.square.lerp_(differences.square().mean(0), max(MOMENTUM, 1 / self.batches.item()))
 
 
 class DMoERM(Backbone):
@@ -387,7 +376,7 @@ class DMoERM(Backbone):
                 model.experts.head.copy_(start.expand_as(model.experts.head))
         if phase == AGGREGATE:
             for model in self.inner:
-                model.unit.copy_(model.square.sqrt().clamp(min=LEAST_UNIT))
+                model.units.settle()
                 if self.aggregate_start == "preference":
                     model.begin()
 
@@ -398,7 +387,7 @@ class DMoERM(Backbone):
             logits, wanted = self.route(inputs.prompts[:pairs]), inputs.groups[:pairs]
             return nn.functional.cross_entropy(logits, wanted), logits.argmax(1) == wanted
         if phase == CAPABILITY:
-            scores = self.by_group(inputs, InnerModel.capability_scores)
+            scores = self.by_group(inputs.groups, inputs.streams, InnerModel.capability_scores)
             chosen, rejected = scores[:pairs], scores[pairs:]
             # Groups have capabilities of their own: the loss is that of each group's, added up.
             groups = inputs.groups[:pairs]
@@ -408,15 +397,16 @@ class DMoERM(Backbone):
             for number in groups.unique().tolist():
                 rows = groups == number
                 if torch.is_grad_enabled():
-                    self.inner[number].follow(chosen[rows] - rejected[rows])
+                    self.inner[number].units.follow(chosen[rows] - rejected[rows])
                 losses.append(capability_loss(chosen[rows], rejected[rows], wanted[rows]))
             return torch.stack(losses).sum(), right
         if phase == JOINT:
             rewards = self.inner[0].task_rewards(inputs.streams)
         elif phase == TASK:
-            rewards = self.by_group(inputs, InnerModel.task_rewards)
+            rewards = self.by_group(inputs.groups, inputs.streams, InnerModel.task_rewards)
         else:
-            rewards = self.read(inputs, oracle=True).reward
+            digest = self.digest(phase, inputs) if inputs.digest is None else inputs.digest
+            rewards = self.by_group(inputs.groups, (digest,), lambda model, of: model.aggregated(*of)[:, 0])
         loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:])
         if phase == AGGREGATE and self.aggregate_decay:
             groups = inputs.groups.unique().tolist()
@@ -424,14 +414,25 @@ class DMoERM(Backbone):
             loss = loss + self.aggregate_decay * torch.stack(distances).mean()
         return loss, rewards[:pairs] > rewards[pairs:]
 
-    def by_group(self, inputs: Inputs, ask: Callable[[InnerModel, Streams], Tensor]) -> Tensor:
-        """What each text's own inner model answers, `(B, ...)`."""
+    @torch.no_grad()
+    def digest(self, phase: str, inputs: Inputs) -> Tensor | None:
+        """What the aggregation reads; see `Backbone.digest`."""
+        return self.by_group(inputs.groups, inputs.streams, InnerModel.digest) if phase == AGGREGATE else None
+
+    def by_group(self, groups: Tensor, parts: tuple[Tensor, ...], ask: Callable[[InnerModel, Any], Tensor]) -> Tensor:
+        """What each text's own inner model answers, `(B, ...)`.
+
+        Args:
+            groups: `(B,)`.
+            parts: `(B, ...)` each.
+            ask: Called with an inner model and its rows of these.
+        """
         places, answers = [], []
         for number, model in enumerate(self.inner):
-            rows = (inputs.groups == number).nonzero()[:, 0]
+            rows = (groups == number).nonzero()[:, 0]
             if len(rows):
                 places.append(rows)
-                answers.append(ask(model, (inputs.hidden[rows], inputs.mask[rows], inputs.means[rows])))
+                answers.append(ask(model, tuple(part[rows] for part in parts)))
         return torch.cat(answers)[torch.cat(places).argsort()]
 
 

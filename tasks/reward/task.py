@@ -1,6 +1,7 @@
 """Lightning task of reward models: train them phase by phase, compare them pair by pair, score a user's answers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tasks.reward.backbone import Backbone, Inputs, pool_states
 from tasks.reward.baselines import LoraEnsemble, ObjectiveModel
-from tasks.reward.data import CandidateDataset, PairDataset, RewardDataModule, TextDataset, number_prompts
+from tasks.reward.data import HELD_BACK, CandidateDataset, PairDataset, RewardDataModule, TextDataset, number_prompts
 from tasks.reward.evaluate import (
     PERCENT,
     Report,
@@ -30,7 +31,7 @@ from zoo.report import print_table, write_metrics, write_predictions
 from zoo.task import MoETask, StepOutput, check_network, warmup_cosine
 
 MODELS: dict[str, type[Backbone]] = {"dmoerm": DMoERM, "ensemble": LoraEnsemble, "objectives": ObjectiveModel}
-OURS, ORACLE, LONGER = "ours", "oracle", "longer"
+OURS, ORACLE, RANDOM, LONGER = "ours", "oracle", "random", "longer"
 MEMORY = "memory"
 # Answers that a person is shown.
 SHOWN = 20
@@ -91,6 +92,8 @@ class RewardTask(MoETask):
         self.store = StateStore(None if cache == MEMORY else Path(cache)) if cache else None
         # Names of what is kept, by the base's weights, the layer that is entered (None of prompts), and the texts.
         self.state_names: dict[tuple[str, int | None, TextDataset], list[str]] = {}
+        # Of the current phase, by text and inner model.
+        self.digests: dict[tuple[int, int], Tensor] = {}
         # Of a test, by the model's name: `(2, n)` rewards of chosen and rejected answers.
         self.rewards: dict[str, NDArray[np.float64]] = {}
         self.routes: NDArray[np.intp] = np.zeros(0, np.intp)
@@ -141,6 +144,9 @@ class RewardTask(MoETask):
         if stage not in ("fit", "validate"):
             return
         self.data.label(self.model.capability_names)
+        if stage == "fit" and len({phase in HELD_BACK for phase in self.plan}) < 2:
+            # Nobody would learn from it, or nobody from the rest.
+            self.data.train_set.held_back[:] = False  # type: ignore[union-attr]
         if len(self.model.groups) > 1:
             for dataset in (self.data.train_set, self.data.val_set):
                 for name in dict.fromkeys(dataset.categories if dataset else ()):
@@ -181,6 +187,7 @@ class RewardTask(MoETask):
                 self.model.begin(self.phase)
             # A phase may train on what an earlier one has trained: it begins without that one's momentum.
             self.optimizers().state.clear()  # type: ignore[union-attr]
+            self.digests.clear()
         self.model.apply_phase(self.phase)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -194,9 +201,22 @@ class RewardTask(MoETask):
 
     def step(self, batch: Batch) -> StepOutput:
         """The phase's loss on training pairs, and which decisions were right."""
-        inputs = self.inputs(self.model, batch, self.data.require("train_set"))
-        loss, right = self.model.phase_loss(self.phase, inputs, batch.preferences)
+        loss, right = self.model.phase_loss(self.phase, self.learned_inputs(batch), batch.preferences)
         return StepOutput(loss, right, right)
+
+    def learned_inputs(self, batch: Batch) -> Inputs:
+        """What the phase reads of training pairs; a text that it does not change is digested once."""
+        dataset = self.data.require("train_set")
+        categories = [dataset.categories[row] for row in batch.rows]  # type: ignore[attr-defined]
+        groups = category_numbers(self.model.group_of, categories).repeat(2).tolist()
+        keys = list(zip(batch.texts, groups, strict=True))
+        if all(key in self.digests for key in keys):
+            return self.inputs(self.model, batch, dataset, torch.stack([self.digests[key] for key in keys]))
+        inputs = self.inputs(self.model, batch, dataset)
+        inputs.digest = self.model.digest(self.phase, inputs)
+        if inputs.digest is not None:
+            self.digests |= zip(keys, inputs.digest, strict=True)
+        return inputs
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the phase's loss and the share of right decisions on validation pairs."""
@@ -208,18 +228,28 @@ class RewardTask(MoETask):
 
     # --- texts ----------------------------------------------------------------------------------------------------
 
-    def inputs(self, model: Backbone, batch: Batch, dataset: Any) -> Inputs:
-        """What a model reads of a batch; what is frozen is computed once where it is kept."""
+    def inputs(self, model: Backbone, batch: Batch, dataset: Any, digest: Tensor | None = None) -> Inputs:
+        """What a model reads of a batch; what is frozen is computed once where it is kept.
+
+        Args:
+            model: Which.
+            batch: B texts.
+            dataset: Where they are from.
+            digest: What stands in their place, if anything does.
+        """
         categories = [dataset.categories[row] for row in batch.rows]
         groups = category_numbers(model.group_of, categories, -1 if len(model.groups) > 1 else 0).to(batch.mask.device)
         copies = len(batch.texts) // len(batch.rows)
-        hidden = self.states(model, batch, dataset)
+        if digest is None:
+            hidden = self.states(model, batch, dataset)
+            means = pool_states(hidden, batch.mask, batch.type_ids)
+        else:
+            hidden, means = digest.new_zeros(len(digest), 0, model.dim), digest.new_zeros(len(digest), 0)
         if model.reads_prompts:
             prompts = self.prompt_states(model, batch, dataset).repeat(copies, 1)
         else:
             prompts = hidden.new_zeros(len(batch.texts), model.dim)
-        means = pool_states(hidden, batch.mask, batch.type_ids)
-        return Inputs(hidden, batch.mask, means, prompts, groups.repeat(copies))
+        return Inputs(hidden, batch.mask, means, prompts, groups.repeat(copies), digest)
 
     def states(self, model: Backbone, batch: Batch, dataset: TextDataset) -> Tensor:
         """What enters the first adapted layer, `(B, L, D)`."""
@@ -271,7 +301,7 @@ class RewardTask(MoETask):
         vocabulary = self.model.encoder.config.vocab_size
         golden = [random_tokens(batch.input_ids, vocabulary), batch.mask, batch.type_ids]
         golden += [random_tokens(batch.prompt_ids, vocabulary).repeat(2, 1), batch.prompt_mask.repeat(2, 1)]
-        config = (hub.assets() / "configs/reward/dmoerm-minilm.yaml").read_text()
+        config = self.data_config(self.data, RewardDataModule, "runs/reward/test")
         folder = Path(self.trainer.default_root_dir) / "checkpoint"
         card = reward_card(self.model, self.data, self.epochs)
         hub.save(self.model.cpu().eval(), folder, card=card, golden_input=golden, config=config)
@@ -286,7 +316,7 @@ class RewardTask(MoETask):
             for name, path in self.rival_names.items()
         }
         count = len(self.data.require("test_set"))  # type: ignore[arg-type]
-        names = [OURS, *([ORACLE] if len(self.model.groups) > 1 else []), *self.rivals]
+        names = [OURS, *([ORACLE, RANDOM] if len(self.model.groups) > 1 else []), *self.rivals]
         self.rewards = {name: np.full((2, count), np.nan) for name in names}
         self.routes = np.full(count, -1, dtype=np.intp)
 
@@ -299,6 +329,7 @@ class RewardTask(MoETask):
         self.routes[batch.rows] = reading.route[: len(batch.rows)].cpu().numpy()
         if ORACLE in self.rewards:
             self.keep(ORACLE, batch, self.model.read(inputs, oracle=True).reward)
+            self.keep(RANDOM, batch, self.model.read(astray(self.model, inputs, batch), oracle=True).reward)
         for name, rival in self.rivals.items():
             self.keep(name, batch, rival.read(self.inputs(rival, batch, dataset)).reward)
 
@@ -318,6 +349,8 @@ class RewardTask(MoETask):
         print_table(f"Consistency on {len(pairs)} pairs, percent", report.rows())
         print_table("Ours with 95 % intervals over prompts", report.interval_rows(OURS))
         metrics = report.all_metrics(OURS)
+        own = {name: metrics[name] for name in report.main_names()}
+        metrics |= self.report_recorded(self.pretrained, own, differences)
         for rival in differences:
             if rival != OURS:
                 rows = report.difference_rows(OURS, rival)
@@ -355,7 +388,7 @@ class RewardTask(MoETask):
         rows = []
         for place, pair in zip(read, pairs, strict=True):
             row: dict[str, Any] = {"id": pair.id, "category": pair.category, "target": "chosen"}
-            row["route"] = names[self.routes[place]]
+            row["inner model"] = names[self.routes[place]]
             for name, (chosen, rejected) in ((name, of[:, place]) for name, of in self.rewards.items()):
                 row |= {f"{name}: chosen": chosen, f"{name}: rejected": rejected}
             ours = self.rewards[OURS][:, place]
@@ -378,21 +411,36 @@ class RewardTask(MoETask):
             one, route = dataset.candidates[row], int(reading.route[number])
             scores = zip(self.model.score_names(route), reading.scores[number].tolist(), strict=True)
             found = {"prompt": one.prompt, "answer": one.answer, "reward": float(reading.reward[number])}
-            self.prediction_rows.append(found | {"category": names[route]} | dict(scores))
+            self.prediction_rows.append(found | {"inner model": names[route]} | dict(scores))
         return reading.reward
 
     def report_predictions(self, folder: Path) -> None:
         """Print answers with their reward and rank, 1 for the best of a prompt, and write `predictions.parquet`."""
         rows: list[dict[str, Any]] = [dict(row) for row in self.prediction_rows]
+        rewards: dict[str, list[float]] = {}
         for row in rows:
-            same = [other["reward"] for other in rows if other["prompt"] == row["prompt"]]
-            row["rank"] = 1 + sum(reward > row["reward"] for reward in same)
+            rewards.setdefault(row["prompt"], []).append(row["reward"])
+        for row in rows:
+            row["rank"] = 1 + sum(reward > row["reward"] for reward in rewards[row["prompt"]])
         self.prediction_rows = rows
-        first = ["answer", "rank", "reward", "category"]
+        first = ["answer", "rank", "reward", "inner model"]
         scores = list(dict.fromkeys(name for row in rows for name in row if name not in (*first, "prompt")))
         shown = [row | {"answer": shorten(row["answer"])} for row in rows[:SHOWN]]
         print_table(f"{len(shown)} of {len(rows)} answers", shown, [*first, *scores])
         super().report_predictions(folder)
+
+
+def astray(model: Backbone, inputs: Inputs, batch: Batch) -> Inputs:
+    """The same texts with an inner model for each prompt that is drawn at random: what the router is worth.
+
+    Args:
+        model: Whose inner models.
+        inputs: Of the batch.
+        batch: Pairs.
+    """
+    drawn = [np.random.default_rng(prompt).integers(len(model.groups)) for prompt in batch.prompts]
+    groups = torch.tensor(drawn, device=inputs.groups.device).repeat(len(inputs.groups) // len(drawn))
+    return replace(inputs, groups=groups)
 
 
 GOALS = ("helpful", "harmless")

@@ -21,6 +21,7 @@ from studies.reward.methods import (
     OWN_CAPABILITIES,
     PAIRS,
     PROXIES,
+    READINGS,
     SHOWN,
     TRIALS,
 )
@@ -117,7 +118,7 @@ def test_each_run_has_one_row(folder):
     }
     assert names == seeds | {"single.seed0.val.json"}
     first = row(folder, "dmoerm.seed0")
-    assert set(first["differences"]) == {"", "oracle", "task"} and first["groups"] == list(EACH)
+    assert set(first["differences"]) == {"", "oracle", "random", "task"} and first["groups"] == list(EACH)
     assert set(first["experts"]) == set(EACH) and set(first["experts"]["synthetic_speed"]) == {"preference", "length"}
     assert set(row(folder, "ensemble.seed0")["differences"]) == {"", "worst", "uncertainty"}
     assert first["parameters_trained"] > row(folder, "single.seed0")["parameters_trained"] > 0
@@ -155,7 +156,7 @@ def test_tables(folder):
     assert found["part"] == "test"
     lines = {line["method"]: line for line in found["all"]}
     assert set(lines) == {
-        "dmoerm", "dmoerm/oracle", "dmoerm/task", "properties", "single",
+        "dmoerm", "dmoerm/oracle", "dmoerm/random", "dmoerm/task", "properties", "single",
         "ensemble", "ensemble/worst", "ensemble/uncertainty", "longer",
     }  # fmt: skip
     for name, line in lines.items():
@@ -267,7 +268,7 @@ def test_what_is_missing_is_said(arguments, tmp_path):
 
 
 def test_methods_fit_each_other():
-    readings = {"longer", "dmoerm/oracle", "dmoerm/task", "ensemble/worst", "ensemble/uncertainty"}
+    readings = {"longer", "dmoerm/oracle", "dmoerm/random", "dmoerm/task", "ensemble/worst", "ensemble/uncertainty"}
     assert {name for pair in PAIRS for name in pair} | set(SHOWN) <= METHODS.keys() | readings
     assert set(MAIN) | {name.partition("/")[0] for name in PROXIES} <= METHODS.keys()
     assert {*BASELINES, *FLIPPED} <= METHODS.keys()
@@ -334,11 +335,17 @@ def test_the_gold_reward_is_the_mean_of_its_seeds():
 def test_a_verdict_is_about_the_best_baseline(folder, arguments, gain, said):
     report = study.make_report(study.read_rows(study.parse(arguments())))
     assert study.verdict(report, "dmoerm") == "", "not all baselines have been run"
-    report.scores.update({name: np.full_like(report.scores["single"], 40) for name in BASELINES})
-    report.scores["gate"] += 0.5
-    report.scores["dmoerm"] = report.scores["gate"] + gain
+    report.scores.update({name: np.full_like(report.scores["single"], 40) for name in (*BASELINES, *READINGS)})
+    best = "ensemble/worst" if gain else "gate"
+    report.scores[best] += 0.5
+    report.scores["dmoerm"] = report.scores[best] + gain
+    report.scores["dmoerm/random"] = report.scores["dmoerm"] - gain / 60
     found = study.verdict(report, "dmoerm")
-    assert f"best of 5 baselines ({METHODS['gate'].what})" in found and found.endswith(f"the mixture {said}.")
+    named = f"{METHODS['ensemble'].what}, read as worst" if gain else METHODS["gate"].what
+    assert f"best of 7 readings of baselines ({named})" in found and f"the mixture {said}. The router" in found
+    assert found.endswith("matters: above a random one by +1.0 [+1.0, +1.0]." if gain else "by +0.0 [+0.0, +0.0].")
+    del report.scores["dmoerm/random"]
+    assert study.verdict(report, "dmoerm").endswith(f"the mixture {said}.")
     assert study.verdict(report, "single") == "", "it is no mixture"
 
 

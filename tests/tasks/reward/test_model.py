@@ -343,26 +343,26 @@ def test_scores_are_combined_in_units_of_what_they_differ_by(bases):
     expected = (scores[:3] - scores[3:]).square().mean(0)
     for _ in range(3):
         model.phase_loss("capability", inputs, preferences)
-        torch.testing.assert_close(inner.square, expected)
-    inner.follow(torch.full((2, 2), 5.0))
+        torch.testing.assert_close(inner.units.square, expected)
+    inner.units.follow(torch.full((2, 2), 5.0))
     # Of four batches it is the mean.
-    torch.testing.assert_close(inner.square, 0.75 * expected + 0.25 * 25)
+    torch.testing.assert_close(inner.units.square, 0.75 * expected + 0.25 * 25)
     for _ in range(96):
-        inner.follow(torch.zeros(2, 2))
-    before = inner.square.clone()
-    inner.follow(torch.zeros(2, 2))
-    torch.testing.assert_close(inner.square, 0.98 * before)
-    inner.square.copy_(expected)
-    assert torch.equal(model.inner[1].square, torch.ones(2)), "it has no pair here"
-    inner.square[1] = 0.0
+        inner.units.follow(torch.zeros(2, 2))
+    before = inner.units.square.clone()
+    inner.units.follow(torch.zeros(2, 2))
+    torch.testing.assert_close(inner.units.square, 0.98 * before)
+    inner.units.square.copy_(expected)
+    assert torch.equal(model.inner[1].units.square, torch.ones(2)), "it has no pair here"
+    inner.units.square[1] = 0.0
     with torch.no_grad():
         model.phase_loss("capability", inputs, preferences)
-        assert float(inner.square[1]) == 0, "of pairs that are not learned from nothing is kept"
+        assert float(inner.units.square[1]) == 0, "of pairs that are not learned from nothing is kept"
         model.begin("aggregate")
         inner.combine.weight.copy_(torch.tensor([[1.0, 0.0]]))
         rewards = inner(inputs.streams)[:, 0]
     assert (rewards[:3] - rewards[3:]).square().mean() == pytest.approx(1, rel=1e-2)
-    assert inner.unit[1] > 0, "a score that is always the same can be combined"
+    assert inner.units.value[1] > 0, "a score that is always the same can be combined"
 
 
 def test_a_linear_aggregation_may_be_held_to_its_start(bases):
@@ -373,7 +373,7 @@ def test_a_linear_aggregation_may_be_held_to_its_start(bases):
     )
     inputs, preferences = inputs_of(free, texts(), [1] * 6), torch.zeros(3, 2, dtype=torch.int8)
     for model in (free, held):
-        model.inner[1].square.copy_(torch.tensor([4.0, 9.0]))
+        model.inner[1].units.square.copy_(torch.tensor([4.0, 9.0]))
         model.begin("aggregate")
         assert model.inner[1].combine.weight.tolist() == [[0, 3]] and model.inner[1].distance() == 0
         with torch.no_grad():
@@ -440,7 +440,7 @@ def test_aggregation_starts_from_the_expert_of_the_preference_or_from_the_mean(b
     for names in (["length", "preference"], ["length", "no_repetition"]):
         model = stir(dmoerm_of(bases["bert"], aggregate, linear, names)).eval()
         for inner in model.inner:
-            inner.square.copy_(torch.tensor([4.0, 0.25]))
+            inner.units.square.copy_(torch.tensor([4.0, 0.25]))
         model.begin("aggregate")
         inputs = inputs_of(model, texts(), ROUTES)
         with torch.no_grad():
@@ -479,7 +479,7 @@ def test_a_checkpoint_holds_what_was_trained_alone(bases, kind, tmp_path):
     counted = [
         value.numel()
         for name, value in loaded.state_dict().items()
-        if not name.endswith((".square", ".batches", ".unit"))
+        if not name.endswith((".square", ".batches", ".units.value"))
     ]
     assert sum(counted) == model.trained_parameters()
     with torch.no_grad():
@@ -536,6 +536,24 @@ def test_a_gate_weighs_the_objectives_by_the_prompt(bases):
     reading = model.read(inputs)
     weights = torch.softmax(model.gating(inputs.prompts), 1)
     torch.testing.assert_close(reading.reward, (weights * reading.scores).sum(1))
+    # In their units, and held to its start.
+    held = stir(ObjectiveModel(list(CAPABILITIES), gate=True, base=bases["bert"], gate_decay=0.5)).eval()
+    nothing = torch.ones(3, 2, dtype=torch.int8)
+    with torch.no_grad():
+        last = held.gating[2].weight.square().sum()
+        more = held.phase_loss("gate", inputs, nothing)[0] - model.phase_loss("gate", inputs, nothing)[0]
+        torch.testing.assert_close(more, 0.5 * last)
+        held.units.square.copy_(torch.tensor([1.0, 4.0, 0.25]))
+        held.begin("gate")
+        torch.testing.assert_close(
+            held.read(inputs).reward, (weights * reading.scores * torch.tensor([1, 0.5, 2])).sum(1)
+        )
+    held.phase_loss("objectives", inputs, nothing)
+    differences = (reading.scores[:3] - reading.scores[3:]).detach()
+    torch.testing.assert_close(held.units.square, differences.square().mean(0))
+    for wrong in ({"gate_decay": 0.5}, {"gate": True, "gate_decay": -1.0}):
+        with pytest.raises(ValueError, match="is at least 0, and of a gate"):
+            ObjectiveModel(list(CAPABILITIES), base=bases["bert"], **wrong)
     before = copy.deepcopy(model.state_dict())
     step(model, "gate", inputs, torch.ones(3, 2, dtype=torch.int8))
     moved = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}

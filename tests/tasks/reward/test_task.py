@@ -1,20 +1,23 @@
 """The real command line on generated pairs and on files of the user's own, over a tiny base model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from command_line import sentence
 
 import zoo
+from tasks.reward.data import RewardDataModule
 from tasks.reward.examples import generate_pairs
-from tasks.reward.task import RewardTask, shorten
-from tests.tasks.reward.builders import EACH, GROUPS, save_base, save_llama
+from tasks.reward.task import RewardTask, astray, shorten
+from tests.tasks.reward.builders import EACH, GROUPS, save_base, save_llama, stir
 from zoo import hub
 from zoo.cli import main
 from zoo.errors import UnknownNameError
@@ -147,8 +150,7 @@ def test_a_trained_model_goes_on_from_what_it_has(
 def test_test_scores_pairs_beside_rivals(trained: Path, base: str, tmp_path: Path) -> None:
     checkpoint = str(trained / "checkpoint")
     rivals = ["--model.rivals", json.dumps({"twin": checkpoint})]
-    command = ["test", "-c", MAIN, "--model.network=null", f"--model.pretrained={checkpoint}", *rivals]
-    metrics = main([*command, *generated(base), "--model.cache=null", "--out", str(tmp_path)])
+    metrics = main(["test", checkpoint, *rivals, *SMALL[2:], "--out", str(tmp_path)])
     assert metrics == json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["twin/consistency"] == metrics["consistency"] and metrics["minus_twin/consistency"] == 0
     rows = pd.read_parquet(tmp_path / "predictions.parquet")
@@ -158,26 +160,99 @@ def test_test_scores_pairs_beside_rivals(trained: Path, base: str, tmp_path: Pat
     for category, share in right.groupby(rows["category"]).mean().items():
         assert metrics[f"{category}/consistency"] == pytest.approx(100 * share)
     groups = {category: name for name, of in GROUPS.items() for category in of}
-    routed = rows["route"] == rows["category"].map(groups)
+    routed = rows["inner model"] == rows["category"].map(groups)
     # Two pairs of each prompt.
     assert metrics["router_acc"] == pytest.approx(100 * routed.mean())
     same = rows.loc[routed]
     assert np.allclose(same["ours: chosen"], same["oracle: chosen"])
-    for name in ("consistency_length_balanced", "longer/consistency", "oracle/consistency", "minus_oracle/consistency"):
+    for name in (
+        "consistency_length_balanced",
+        "longer/consistency",
+        "oracle/consistency",
+        "minus_oracle/consistency",
+        "minus_random/consistency",
+    ):
         assert name in metrics
     assert {"consistency.png", "router.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_prompt_astray_is_so_with_all_its_answers(trained: Path, base: str) -> None:
+    task = RewardTask(pretrained=f"{trained}/checkpoint")
+    data = RewardDataModule(source="generated", base=base)
+    data.setup("test")
+    dataset = data.require("test_set")
+    batch = dataset.collate(list(range(len(dataset))))
+    inputs = task.inputs(task.model, batch, dataset)
+    groups = astray(task.model, inputs, batch).groups.view(2, -1)
+    assert torch.equal(groups[0], groups[1]) and set(groups.unique().tolist()) == {0, 1}
+    by_prompt = {(prompt, group) for prompt, group in zip(batch.prompts, groups[0].tolist(), strict=True)}
+    assert len(by_prompt) == len(set(batch.prompts))
+    few = dataset.collate([3, 5])
+    again = astray(task.model, task.inputs(task.model, few, dataset), few).groups
+    assert torch.equal(again, groups[:, [3, 5]].flatten()), "whatever else is in the batch"
+    assert not torch.equal(groups.flatten(), inputs.groups)
+
+
+@pytest.mark.parametrize(
+    ("phases", "held"), [(("task", "aggregate"), True), (("task",), False), (("aggregate",), False)]
+)
+def test_pairs_are_held_back_where_one_phase_learns_from_them_and_another_from_the_rest(
+    base: str, tmp_path: Path, phases: tuple[str, ...], held: bool
+) -> None:
+    counts = ["--model.epochs", json.dumps(dict.fromkeys(phases, 1)), f"--trainer.max_epochs={len(phases)}"]
+    seen: list[bool] = []
+    original = RewardTask.on_train_epoch_start
+
+    def watch(self: RewardTask) -> None:
+        seen.append(bool(self.data.require("train_set").held_back.any()))
+        original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewardTask, "on_train_epoch_start", watch)
+        main(["fit", "-c", MAIN, *network(base), *counts, *generated(base), "--out", str(tmp_path)])
+    assert seen == [held] * len(phases)
+
+
+@pytest.mark.parametrize("kind", ["dmoerm", "objectives"])
+def test_what_a_phase_does_not_change_is_digested_once(base: str, tmp_path: Path, kind: str) -> None:
+    changes = {"dmoerm": {}, "objectives": {"gate": True}}[kind]
+    arguments = {"base": base, "capabilities": ["length", "no_repetition"], **changes}
+    if kind == "dmoerm":
+        arguments |= {"groups": GROUPS, "aggregate_dim": 8}
+    last = {"dmoerm": "aggregate", "objectives": "gate"}[kind]
+    task = RewardTask(kind, arguments, epochs={last: 3})
+    stir(task.model)
+    data = RewardDataModule(source="generated", base=base, batch_size=8, limit=24)
+    calls: list[int] = []
+    digest = task.model.digest
+    task.model.digest = lambda *of: calls.append(1) or digest(*of)
+    trainer = pl.Trainer(
+        max_epochs=3, reload_dataloaders_every_n_epochs=1, accelerator="cpu", logger=False, limit_val_batches=0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(task, data)
+    assert 0 < len(calls) < trainer.global_step
+    batch = data.train_set.collate([0, 1, 2])
+    fresh = task.inputs(task.model, batch, data.train_set)
+    known = replace(fresh, hidden=fresh.hidden[:, :0], means=fresh.means[:, :0], digest=digest(last, fresh))
+    losses = [task.model.phase_loss(last, inputs, batch.preferences)[0] for inputs in (fresh, known)]
+    torch.testing.assert_close(*losses)
+    reading = task.model.read(fresh, oracle=True).reward
+    decay = 0 if kind == "dmoerm" else task.model.gate_decay
+    assert decay == 0
+    torch.testing.assert_close(losses[0], -torch.nn.functional.logsigmoid(reading[:3] - reading[3:]).mean())
 
 
 def test_predict_ranks_answers(
     trained: Path, base: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["predict", "-c", MAIN, "--model.network=null", f"--model.pretrained={trained}/checkpoint"]
-    command += [f"--data.base={base}", *SMALL, "--out", str(tmp_path)]
+    # Its config knows the base and how texts are cut.
+    command = ["predict", f"{trained}/checkpoint", *SMALL[2:], "--out", str(tmp_path)]
     asked = ["--data.prompt", "'user: how do i cook rice'", "--data.answers", '["use butter", "use sugar", "so"]']
     main([*command, *asked])
     rows = pd.read_parquet(tmp_path / "predictions.parquet")
     assert "use butter" in capsys.readouterr().out
-    assert sorted(rows["rank"]) == [1, 2, 3] and set(rows["category"]) <= set(GROUPS)
+    assert sorted(rows["rank"]) == [1, 2, 3] and set(rows["inner model"]) <= set(GROUPS)
     assert rows.sort_values("rank")["reward"].is_monotonic_decreasing
     assert {"length", "no_repetition"} <= set(rows.columns)
     table = pd.read_csv(own)[["prompt", "chosen"]].rename(columns={"prompt": "asked", "chosen": "said"})
