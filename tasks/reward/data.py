@@ -25,6 +25,7 @@ from tasks.reward.examples import (
     read_pairs,
     read_preference,
     split_by_prompt,
+    without_prompts_of,
 )
 from tasks.reward.groups import HOW_TO_GET_PREFERENCES, PREFERENCE
 from tasks.reward.labelling import read_labels
@@ -304,6 +305,13 @@ class RewardDataModule(ZooDataModule):
     def read_training(self) -> dict[str, list[Pair]]:
         """Pairs to learn from and to validate on, which share no prompt with each other or the test part."""
         parts = {"train": self.read("train")}
+        tested = self.source in ("preference", "hh_rlhf", "generated") or self.test_file is not None
+        test = {"test": self.read("test")} if tested else {}
+        if tested and self.source in OFFICIAL:
+            # Nobody can split these again.
+            kept = without_prompts_of(parts["train"], test["test"])
+            print(f"{len(parts['train']) - len(kept)} training pairs left out: the test part has their prompt.")
+            parts["train"] = kept
         if self.source in ("preference", "generated"):
             parts["val"] = self.read("val")
         else:
@@ -313,8 +321,7 @@ class RewardDataModule(ZooDataModule):
                     f"holdout={self.holdout} leaves nothing to validate on: it has to be above 0, and a category has "
                     "to have two prompts."
                 )
-        tested = self.source in ("preference", "hh_rlhf", "generated") or self.test_file is not None
-        check_apart(parts | ({"test": self.read("test")} if tested else {}))
+        check_apart(parts | test)
         return parts
 
     def read(self, part: Literal["train", "val", "test"]) -> list[Pair]:

@@ -344,6 +344,17 @@ def check_apart(parts: Mapping[str, Sequence[Pair]]) -> None:
         )
 
 
+def without_prompts_of(pairs: Sequence[Pair], others: Sequence[Pair]) -> list[Pair]:
+    """The pairs whose prompt none of the others has.
+
+    Args:
+        pairs: Those to learn from.
+        others: Those to be scored.
+    """
+    known = {prompt_key(pair.prompt) for pair in others}
+    return [pair for pair in pairs if prompt_key(pair.prompt) not in known]
+
+
 def split_by_prompt(pairs: Sequence[Pair], share: float, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
     """Hold out whole prompts of each category; a category of one prompt stays in the first part.
 

@@ -1,5 +1,6 @@
 """Lightning task of reward models: train them phase by phase, compare them pair by pair, score a user's answers."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from zoo.task import MoETask, StepOutput, check_network, warmup_cosine
 MODELS: dict[str, type[Backbone]] = {"dmoerm": DMoERM, "ensemble": LoraEnsemble, "objectives": ObjectiveModel}
 OURS, ORACLE, RANDOM, LONGER = "ours", "oracle", "random", "longer"
 MEMORY = "memory"
+# Prompts that are routed at a time.
+ROUTED = 64
 # Answers that a person is shown.
 SHOWN = 20
 DIFFERENCE_KEYS = {"": "mean", "/low": "low", "/high": "high"}
@@ -149,11 +152,32 @@ class RewardTask(MoETask):
             self.data.train_set.held_back[:] = False  # type: ignore[union-attr]
         if len(self.model.groups) > 1:
             for dataset in (self.data.train_set, self.data.val_set):
+                if dataset is not None and self.pretrained is not None:
+                    self.name_categories(dataset)
                 for name in dict.fromkeys(dataset.categories if dataset else ()):
                     if name not in self.model.group_of:
                         raise UnknownNameError(
                             "category without an inner model", name, self.model.group_of, "See network.groups."
                         )
+
+    @torch.no_grad()
+    def name_categories(self, dataset: PairDataset) -> None:
+        """Let the router of a trained model say to which inner model pairs belong that name no category.
+
+        Args:
+            dataset: Changed in place: such a pair gets the first category of that inner model.
+        """
+        nameless = [row for row, name in enumerate(dataset.categories) if not name]
+        for start in range(0, len(nameless), ROUTED):
+            batch = dataset.collate(nameless[start : start + ROUTED])
+            routes = self.model.route(self.prompt_states(self.model, batch, dataset)).argmax(1)  # type: ignore[operator]
+            for row, route in zip(batch.rows, routes.tolist(), strict=True):
+                dataset.categories[row] = list(self.model.groups.values())[route][0]
+        if nameless:
+            found = Counter(dataset.categories[row] for row in nameless)
+            names = list(self.model.groups)
+            sent = ", ".join(f"{names[self.model.group_of[name]]} {count}" for name, count in found.most_common())
+            print(f"{len(nameless)} pairs name no category; the router sends them to: {sent}.")
 
     def check_plan(self) -> None:
         """Refuse a trainer whose epochs are not those of the phases, and phases that the model has no use for."""

@@ -23,6 +23,7 @@ from tasks.reward.examples import (
     read_pairs,
     read_preference,
     split_by_prompt,
+    without_prompts_of,
 )
 from tasks.reward.groups import HARMLESS, PREFERENCE, merge_categories
 from zoo.errors import DataNotFoundError, UnknownNameError
@@ -203,6 +204,11 @@ def test_generated_pairs_have_the_planted_rule():
 
 def many(category: str, count: int, words: str) -> list[Pair]:
     return [Pair(f"{words} {category} {number}", "a", "b", category, f"{category}{number}") for number in range(count)]
+
+
+def test_pairs_with_a_prompt_of_others_are_left_out():
+    others = [Pair("P  one ", "x", "y", "c", "o")]
+    assert [pair.id for pair in without_prompts_of(PAIRS, others)] == ["z"]
 
 
 def test_thin_categories_join_those_with_similar_prompts():

@@ -147,6 +147,27 @@ def test_a_trained_model_goes_on_from_what_it_has(
     assert all(torch.equal(before[name], after[name]) for name in kept) and len(kept) < len(before)
 
 
+def test_a_router_finds_the_inner_models_of_pairs_without_a_category(
+    trained: Path, own: Path, base: str, tmp_path: Path, capsys: Any
+) -> None:
+    path = tmp_path / "own.csv"
+    pd.read_csv(own).drop(columns="category").to_csv(path, index=False)
+    fit = ["fit", "-c", "configs/reward/own.yaml", f"--model.pretrained={trained}/checkpoint", f"--data.file={path}"]
+    main([*fit, f"--data.base={base}", *SMALL, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    # Of 24, one in ten is held out.
+    assert "pairs name no category; the router sends them to: " in said
+    task = RewardTask(pretrained=f"{trained}/checkpoint")
+    data = RewardDataModule(source="file", file=str(path), base=base, max_length=48, least_prompt=8)
+    data.setup("fit")
+    task.name_categories(data.train_set)
+    batch = data.train_set.collate(list(range(len(data.train_set))))
+    routes = task.model.read(task.inputs(task.model, batch, data.train_set)).route[: len(batch)]
+    assert [task.model.group_of[name] for name in data.train_set.categories] == routes.tolist()
+    new = ["fit", "-c", MAIN, *network(base), *epochs(joint=1), "--data.source=file", f"--data.file={path}"]
+    assert "category without an inner model ''" in sentence(capsys, *new, f"--data.base={base}", *SMALL)
+
+
 def test_test_scores_pairs_beside_rivals(trained: Path, base: str, tmp_path: Path) -> None:
     checkpoint = str(trained / "checkpoint")
     rivals = ["--model.rivals", json.dumps({"twin": checkpoint})]
