@@ -295,7 +295,11 @@ def _run_lightning_cli(command: str, words: list[str]) -> dict[str, float]:
 
 
 def _run_files(command: str, folder: Path, task: Any, configured: Any) -> dict[str, Any]:
-    """The trainer's arguments that put logs and checkpoints into the run folder, unless a config says otherwise."""
+    """The trainer's arguments that put logs and checkpoints into the run folder, unless a config says otherwise.
+
+    Raises:
+        ValueError: Several processes would share what is scored.
+    """
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.loggers import CSVLogger
 
@@ -313,7 +317,13 @@ def _run_files(command: str, folder: Path, task: Any, configured: Any) -> dict[s
     logger = configured.logger
     if logger is None:
         logger = CSVLogger(folder, name="logs") if command == "fit" else False
-    return {"callbacks": callbacks, "logger": logger}
+    found = {"callbacks": callbacks, "logger": logger}
+    if command in ("test", "predict"):
+        # Each of several processes would report on its own samples alone.
+        if configured.devices not in ("auto", 1, "1"):
+            raise ValueError(f"trainer.devices={configured.devices}: {command} runs on one device; leave it out.")
+        found["devices"] = 1
+    return found
 
 
 def _checkpoints(folder: Path) -> Path:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import yaml
 from toys import CARD, CONFIG, Toy
 
 import zoo
-from zoo import hub
+from zoo import cli, hub
 from zoo.cli import main, run
 
 
@@ -107,6 +108,17 @@ def test_fit_then_test_then_predict(here, capsys):
     main(["predict", "-c", "toy.yaml", "--out", "runs/toy"])
     assert capsys.readouterr().out.splitlines()[-1] == "runs/toy"
     main(["validate", "-c", "toy.yaml", "--out", "runs/toy"])
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_scores_are_of_all_samples_in_one_process(command, here, capsys):
+    told = sentence(capsys, command, "-c", "toy.yaml", "--out", "runs/toy", "--trainer.devices=2")
+    assert f"trainer.devices=2: {command} runs on one device; leave it out." in told
+    # As many as the machine has would be used.
+    devices = SimpleNamespace(callbacks=None, enable_checkpointing=False, logger=False, devices="auto")
+    task = SimpleNamespace(monitor=None)
+    assert cli._run_files(command, here, task, devices)["devices"] == 1
+    assert "devices" not in cli._run_files("fit", here, task, devices)
 
 
 def test_the_script_returns_no_exit_code(monkeypatch):
