@@ -76,8 +76,8 @@ class Method:
 # What learns alike: the rate, and how often a baseline sees each pair.
 RATE = 1e-3
 PASSES = 2
-# Of DMoERM: epochs of each phase, the share of the pairs that only the aggregation learns from, the rate of that, which
-# has few weights and starts from what is known, and how much it is held there.
+# Of DMoERM: epochs of each phase, the share of the pairs of which only the aggregation learns what people prefer, the
+# rate of that, which has few weights and starts from what is known, and how much it is held there.
 EPOCHS = {"router": 3, "joint": 2, "task": 2, "capability": 2, "aggregate": 16}
 SHARE = 0.25
 LAST_RATE, DECAY = 2e-2, 0.03

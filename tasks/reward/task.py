@@ -14,7 +14,16 @@ from torch import Tensor
 
 from tasks.reward.backbone import Backbone, Inputs, pool_states
 from tasks.reward.baselines import LoraEnsemble, ObjectiveModel
-from tasks.reward.data import HELD_BACK, CandidateDataset, PairDataset, RewardDataModule, TextDataset, number_prompts
+from tasks.reward.data import (
+    BY_PROMPT,
+    EVERYTHING,
+    HELD_BACK,
+    CandidateDataset,
+    PairDataset,
+    RewardDataModule,
+    TextDataset,
+    number_prompts,
+)
 from tasks.reward.evaluate import (
     PERCENT,
     Report,
@@ -147,8 +156,9 @@ class RewardTask(MoETask):
         if stage not in ("fit", "validate"):
             return
         self.data.label(self.model.capability_names)
-        if stage == "fit" and len({phase in HELD_BACK for phase in self.plan}) < 2:
-            # Nobody would learn from it, or nobody from the rest.
+        others = {*self.plan} - {*HELD_BACK, *BY_PROMPT, *EVERYTHING}
+        if stage == "fit" and not (others and {*self.plan} & {*HELD_BACK}):
+            # Nobody would learn from what is held back, or nobody from the rest.
             self.data.train_set.held_back[:] = False  # type: ignore[union-attr]
         if len(self.model.groups) > 1:
             for dataset in (self.data.train_set, self.data.val_set):

@@ -215,7 +215,7 @@ def test_a_prompt_astray_is_so_with_all_its_answers(trained: Path, base: str) ->
 
 
 @pytest.mark.parametrize(
-    ("phases", "held"), [(("task", "aggregate"), True), (("task",), False), (("aggregate",), False)]
+    ("phases", "held"), [(("task", "aggregate"), True), (("task",), False), (("capability", "aggregate"), False)]
 )
 def test_pairs_are_held_back_where_one_phase_learns_from_them_and_another_from_the_rest(
     base: str, tmp_path: Path, phases: tuple[str, ...], held: bool
