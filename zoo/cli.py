@@ -320,9 +320,15 @@ def _run_files(command: str, folder: Path, task: Any, configured: Any) -> dict[s
     found = {"callbacks": callbacks, "logger": logger}
     if command in ("test", "predict"):
         # Each of several processes would report on its own samples alone.
-        if configured.devices not in ("auto", 1, "1"):
-            raise ValueError(f"trainer.devices={configured.devices}: {command} runs on one device; leave it out.")
-        found["devices"] = 1
+        devices, nodes = configured.devices, configured.num_nodes
+        one = devices in ("auto", 1, "1") or (isinstance(devices, list) and len(devices) == 1)
+        if not one or nodes != 1:
+            raise ValueError(
+                f"trainer.devices={devices}, trainer.num_nodes={nodes}: {command} runs on one device: set both to 1, "
+                "or name one in a list."
+            )
+        if devices == "auto":
+            found["devices"] = 1
     return found
 
 

@@ -19,7 +19,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -274,8 +274,10 @@ def update_metrics(
     _write_text(readme, text)
 
 
-def recorded(name_or_folder: str | Path, keys: Iterable[str]) -> list[dict[str, Any]]:
+def recorded(name_or_folder: str | Path, keys: Collection[str]) -> list[dict[str, Any]]:
     """What a checkpoint's metadata say of other methods: `<method>/<metric>`, with the command that measured it.
+
+    The name of a method has no slash.
 
     Args:
         name_or_folder: The checkpoint.
@@ -284,13 +286,11 @@ def recorded(name_or_folder: str | Path, keys: Iterable[str]) -> list[dict[str, 
     Returns:
         One row per method: `method`, marked as recorded, `command`, and its metrics.
     """
-    longest = sorted(keys, key=len, reverse=True)
     rows: dict[str, dict[str, Any]] = {}
     for result in info(name_or_folder).card.results:
         for name, value in result.metrics.items():
-            key = next((key for key in longest if name.endswith(f"/{key}")), None)
-            if key is not None:
-                method = name.removesuffix(f"/{key}")
+            method, _, key = name.partition("/")
+            if key in keys:
                 row = rows.setdefault(method, {"method": f"{method}{RECORDED}", "command": result.command})
                 row[key] = value
     return list(rows.values())

@@ -17,6 +17,9 @@ from zoo.errors import UnknownNameError
 from zoo.moe import collect_aux_losses
 from zoo.report import print_table, write_metrics, write_predictions
 
+# Arguments of datamodules that say where a user's files are and what is in them.
+OWN_FILES = ("root", "file", "test_file", "columns", "labels")
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
@@ -187,7 +190,7 @@ class MoETask(pl.LightningModule):
             out: The run folder of tests.
         """
         known, given = inspect.signature(kind).parameters, data.hparams
-        chosen = {name: given[name] for name in known if name != "root" and given[name] is not None}
+        chosen = {name: given[name] for name in known if name not in OWN_FILES and given[name] is not None}
         return {
             "seed_everything": 0,
             "model": {"class_path": f"{type(self).__module__}.{type(self).__name__}"},
@@ -211,7 +214,8 @@ class MoETask(pl.LightningModule):
         rows = hub.recorded(checkpoint, own) if checkpoint else []
         rows = [row for row in rows if row["method"].removesuffix(hub.RECORDED) not in measured]
         if rows:
-            print_table("Beside what is recorded of other methods", [{"method": "ours", **own}, *rows])
+            title = "Beside what the checkpoint has recorded of other methods, on the data of its card"
+            print_table(title, [{"method": "ours", **own}, *rows])
             for command in dict.fromkeys(row["command"] for row in rows):
                 print(f"Recorded of: {command}")
         return {

@@ -85,7 +85,7 @@ LAST_RATE, DECAY = 2e-2, 0.03
 GATE_RATE, GATE_EPOCHS = 1e-3, 4
 RANK, CAPABILITY_RANK = 16, 8
 # At which one LoRA, and one of five, has as many parameters as learn in DMoERM: its expert of the preference does not.
-EQUAL_RANK, MEMBER_RANK = 152, 30
+EQUAL_RANK, MEMBER_RANK = 153, 31
 
 
 def dmoerm(
@@ -101,7 +101,7 @@ def dmoerm(
     Args:
         what: In words.
         epochs: Of phases that have others than `EPOCHS`; 0 leaves one out.
-        share: Of the pairs that only the aggregation learns from.
+        share: Of the pairs of which only the aggregation learns what people prefer.
         lr: Learning rate.
         last_lr: That of the aggregation.
         network: Arguments of `DMoERM` that differ.
@@ -206,7 +206,7 @@ METHODS: dict[str, Method] = {
     ),
     "mlp": dmoerm("an MLP combines its scores", last_lr=RATE, aggregate_dim=16, aggregate_decay=0.0),
     "random-start": dmoerm("its aggregation starts at random", aggregate_start="random", aggregate_decay=0.0),
-    "one-group": dmoerm("one inner model with all experts, as large", {"router": 0}, groups=ONE_GROUP, task_rank=71),
+    "one-group": dmoerm("one inner model with all experts, as large", {"router": 0}, groups=ONE_GROUP, task_rank=72),
     "no-joint": dmoerm("its inner models learn from their own pairs alone", {"joint": 0, "task": 4}),
     "single": single(f"one LoRA of rank {RANK}", RANK),
     "single-equal": single("one LoRA, as large as DMoERM", EQUAL_RANK),

@@ -577,7 +577,7 @@ def release(options: argparse.Namespace) -> Path:
     folder = find_run(checkpoint(options, one), one.method, one.seed)
     report = make_report(read_rows(options))
     rivals = {
-        f"{name}/{key}": value
+        f"{name.replace('/', '-')}/{key}": value
         for name in (report.scores if report else ())
         if name not in (one.method, LONGER)
         for key, value in report.metrics(name).items()  # type: ignore[union-attr]
@@ -614,8 +614,8 @@ def router_verdict(report: Report, method: str) -> str:
     if f"{method}/{RANDOM}" not in report.scores:
         return ""
     found = report.difference(method, f"{method}/{RANDOM}", POOLED)
-    matters = "matters" if found.low > 0 else "does not matter"
-    return f" The router {matters}: above a random one by {found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]."
+    what = "is better than" if found.low > 0 else "is worse than" if found.high < 0 else "cannot be told from"
+    return f" The router {what} a random one: {found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]."
 
 
 def load_network(options: argparse.Namespace, one: Run) -> Backbone:

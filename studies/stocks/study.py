@@ -30,7 +30,7 @@ from tasks.stocks.evaluate import MEANS, Market, average_scores, difference_inte
 from tasks.stocks.model import Miga, MigaEnsemble
 from tasks.stocks.panel import Array
 from tasks.stocks.plots import plot_cumulative_ic, plot_excess
-from tasks.stocks.task import StocksTask, miga_card
+from tasks.stocks.task import StocksTask, golden_day, miga_card
 from zoo import hub
 from zoo.callbacks import EpochSeed
 from zoo.report import print_table
@@ -276,7 +276,7 @@ def release(options: argparse.Namespace) -> Path:
         weights_licence="Apache-2.0",
     )
     config = (hub.assets() / "configs/stocks/miga-conv.yaml").read_text()
-    return hub.save(ensemble.eval(), options.out, card=card, golden_input=data.val_set[0].features[:32], config=config)
+    return hub.save(ensemble.eval(), options.out, card=card, golden_input=golden_day(data), config=config)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

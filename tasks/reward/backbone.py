@@ -113,7 +113,7 @@ class Backbone(AdaptedModel):
             )
         self.depth = len(self.encoder.get_submodule(self.kind))
         self.dim = int(self.encoder.config.hidden_size)
-        # What a head reads.
+        # What a head reads, see `split_read`.
         self.width = 3 * self.dim
         self.first = self.first_of(layers)
         # A plain mapping: the modules belong to the encoder.
@@ -379,6 +379,12 @@ def pool_states(hidden: Tensor, mask: Tensor, type_ids: Tensor) -> Tensor:
         total = torch.einsum("bld,bl->bd", hidden.float(), part.float())
         means.append(nn.functional.layer_norm(total / part.sum(1, keepdim=True).clamp(min=1), total.shape[-1:]))
     return torch.cat(means, dim=1)
+
+
+def split_read(read: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what heads read, or of heads, `(..., 3 D)`: the last states `(..., D)`, and the means `(..., 2 D)`."""
+    dim = read.shape[-1] // 3
+    return read[..., :dim], read[..., dim:]
 
 
 def linear_paths(layer: nn.Module) -> list[str]:

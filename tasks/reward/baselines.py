@@ -220,14 +220,17 @@ class ObjectiveModel(Backbone):
 
     @torch.no_grad()
     def digest(self, phase: str, inputs: Inputs) -> Tensor | None:
-        """The scores that the gate weighs; see `Backbone.digest`."""
-        return self.objective_scores(inputs) if phase == GATE else None
+        """The scores that the gate weighs, and the prompts by which it does; see `Backbone.digest`."""
+        return torch.cat([self.objective_scores(inputs), inputs.prompts], dim=1) if phase == GATE else None
 
     def phase_loss(self, phase: str, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a phase; see `Backbone.phase_loss`."""
         pairs = len(preferences)
-        scores = self.objective_scores(inputs) if inputs.digest is None else inputs.digest
-        rewards = self.combine(scores, inputs.prompts) if phase == GATE else scores[:, 0]
+        if inputs.digest is None:
+            scores, prompts = self.objective_scores(inputs), inputs.prompts
+        else:
+            scores, prompts = inputs.digest.split([1 + len(self.capabilities), self.dim], dim=1)
+        rewards = self.combine(scores, prompts) if phase == GATE else scores[:, 0]
         loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:])
         if phase == GATE and self.gating is not None:
             loss = loss + self.gate_decay * self.gating[2].weight.square().sum()  # type: ignore[operator]

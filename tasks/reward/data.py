@@ -113,7 +113,7 @@ class PairDataset(TextDataset):
 
     Attributes:
         pairs: The pairs.
-        held_back: `(n,)` bool, of which only the last phase learns.
+        held_back: `(n,)` bool, of which only the last phase learns what people prefer.
     """
 
     def __init__(self, pairs: Sequence[Pair], tokenizer: Any, max_length: int, least_prompt: int) -> None:
@@ -218,7 +218,8 @@ class RewardDataModule(ZooDataModule):
             columns: What the file calls these columns, where otherwise.
             holdout: Share of the training pairs, by prompt and category, to validate on, where the source has none.
             aggregate_share: Share of the training pairs, by prompt and category, of which only the last phase, in which
-                experts are combined, learns what people prefer (0.4 in the paper); 0 lets all phases learn from all.
+                experts are combined, learns what people prefer (0.4 in the paper); 0 lets all phases learn from all, as
+                they do where there is no such phase.
             flip: Share of the training pairs whose label is made wrong.
             labels: A file of capability labels, as `tasks.reward.labelling.read_labels` reads it, for the training
                 pairs; without one labels are measurable properties of the answers, see `tasks.reward.capabilities`.
@@ -304,7 +305,10 @@ class RewardDataModule(ZooDataModule):
         return self.source != "file" or self.test_file is not None
 
     def read_training(self) -> dict[str, list[Pair]]:
-        """Pairs to learn from and to validate on, which share no prompt with each other or the test part."""
+        """Pairs to learn from and to validate on, which share no prompt with each other or the test part.
+
+        Official pairs that share one with the test part are left out, and counted.
+        """
         parts = {"train": self.read("train")}
         tested = self.source in ("preference", "hh_rlhf", "generated") or self.test_file is not None
         test = {"test": self.read("test")} if tested else {}
@@ -406,7 +410,7 @@ class RewardDataModule(ZooDataModule):
     def describe(self) -> str:
         """What training uses, in words for a model card; after `setup` for fitting."""
         learned, held_out = self.require("train_set"), self.require("val_set")
-        counts = Counter(learned.categories)  # type: ignore[attr-defined]
+        counts = Counter(pair.category for pair in learned.pairs)  # type: ignore[attr-defined]
         named = ", ".join(f"{name or 'no category'} {count}" for name, count in counts.most_common())
         texts = learned.texts  # type: ignore[attr-defined]
         cut = {part: sum(getattr(one, part) > 0 for one in texts) for part in ("cut_prompt", "cut_answer")}

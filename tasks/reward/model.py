@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tasks.reward.backbone import Backbone, Inputs, Reading, Streams, stack_names
+from tasks.reward.backbone import Backbone, Inputs, Reading, Streams, split_read, stack_names
 from tasks.reward.capabilities import PREFERENCE_ITSELF
 from tasks.reward.lora import LoraExperts
 from tasks.reward.losses import bradley_terry_loss, capability_loss
@@ -97,9 +97,9 @@ class InnerModel(nn.Module):
             self.units = Units(experts.count)
             parts: Any = CapabilityExperts(finish, task, experts, shared)
             self.mixture = MoELayer(DenseRouter(experts.count), parts, combine="concat")
+            last, means = (part.shape[1] for part in split_read(experts.head))
             # The means are the same under all experts.
-            dim = experts.head.shape[1] // 3
-            inputs = (experts.count + 2) * dim if aggregate == "hidden" else experts.count
+            inputs = experts.count * last + means if aggregate == "hidden" else experts.count
             self.combine: nn.Module = nn.Linear(inputs, 1, bias=False)
             if width:
                 self.combine = nn.Sequential(nn.Linear(inputs, width), nn.PReLU(), nn.Linear(width, 1))
@@ -136,13 +136,8 @@ class InnerModel(nn.Module):
         weights[experts] = 1 / len(experts)
         if self.aggregate == "score":
             return weights * self.units.value
-        last, means = self.parts(weights[:, None] * self.heads)
+        last, means = split_read(weights[:, None] * self.heads)
         return torch.cat([last.flatten(), means.sum(0)])
-
-    def parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Of what heads read, or of heads, `(..., W)`: the last states `(..., D)`, and the means `(..., 2 D)`."""
-        dim = states.shape[-1] // 3
-        return states[..., :dim], states[..., dim:]
 
     def distance(self) -> Tensor:
         """The squared distance of a linear map of scores from its start, but for the weight of the preference's.
@@ -182,7 +177,7 @@ class InnerModel(nn.Module):
         scores = (states * self.heads).sum(-1)
         if self.aggregate == "score":
             return scores
-        last, means = self.parts(states)
+        last, means = split_read(states)
         return torch.cat([last.flatten(1), means[:, 0], scores], dim=1)
 
     def aggregated(self, digest: Tensor) -> Tensor:

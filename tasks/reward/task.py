@@ -15,8 +15,6 @@ from torch import Tensor
 from tasks.reward.backbone import Backbone, Inputs, pool_states
 from tasks.reward.baselines import LoraEnsemble, ObjectiveModel
 from tasks.reward.data import (
-    BY_PROMPT,
-    EVERYTHING,
     HELD_BACK,
     CandidateDataset,
     PairDataset,
@@ -156,9 +154,8 @@ class RewardTask(MoETask):
         if stage not in ("fit", "validate"):
             return
         self.data.label(self.model.capability_names)
-        others = {*self.plan} - {*HELD_BACK, *BY_PROMPT, *EVERYTHING}
-        if stage == "fit" and not (others and {*self.plan} & {*HELD_BACK}):
-            # Nobody would learn from what is held back, or nobody from the rest.
+        if stage == "fit" and not {*self.plan} & {*HELD_BACK}:
+            # Nobody would learn from what is held back.
             self.data.train_set.held_back[:] = False  # type: ignore[union-attr]
         if len(self.model.groups) > 1:
             for dataset in (self.data.train_set, self.data.val_set):
@@ -178,15 +175,20 @@ class RewardTask(MoETask):
             dataset: Changed in place: such a pair gets the first category of that inner model.
         """
         nameless = [row for row, name in enumerate(dataset.categories) if not name]
-        for start in range(0, len(nameless), ROUTED):
-            batch = dataset.collate(nameless[start : start + ROUTED])
+        # One pair of each prompt.
+        rows = list({int(dataset.prompt_of[row]): row for row in nameless}.values())
+        first = [(*categories, "")[0] for categories in self.model.groups.values()]
+        found: dict[int, str] = {}
+        for start in range(0, len(rows), ROUTED):
+            batch = dataset.collate(rows[start : start + ROUTED])
             routes = self.model.route(self.prompt_states(self.model, batch, dataset)).argmax(1)  # type: ignore[operator]
-            for row, route in zip(batch.rows, routes.tolist(), strict=True):
-                dataset.categories[row] = list(self.model.groups.values())[route][0]
+            found |= zip(batch.prompts, [first[route] for route in routes.tolist()], strict=True)
+        for row in nameless:
+            dataset.categories[row] = found[int(dataset.prompt_of[row])]
         if nameless:
-            found = Counter(dataset.categories[row] for row in nameless)
-            names = list(self.model.groups)
-            sent = ", ".join(f"{names[self.model.group_of[name]]} {count}" for name, count in found.most_common())
+            names = dict(zip(first, self.model.groups, strict=True))
+            counts = Counter(names[dataset.categories[row]] for row in nameless)
+            sent = ", ".join(f"{name} {count}" for name, count in counts.most_common())
             print(f"{len(nameless)} pairs name no category; the router sends them to: {sent}.")
 
     def check_plan(self) -> None:
@@ -247,7 +249,8 @@ class RewardTask(MoETask):
         if all(key in self.digests for key in keys):
             return self.inputs(self.model, batch, dataset, torch.stack([self.digests[key] for key in keys]))
         inputs = self.inputs(self.model, batch, dataset)
-        inputs.digest = self.model.digest(self.phase, inputs)
+        if self.plan.count(self.phase) > 1:
+            inputs.digest = self.model.digest(self.phase, inputs)
         if inputs.digest is not None:
             self.digests |= zip(keys, inputs.digest, strict=True)
         return inputs
@@ -274,16 +277,16 @@ class RewardTask(MoETask):
         categories = [dataset.categories[row] for row in batch.rows]
         groups = category_numbers(model.group_of, categories, -1 if len(model.groups) > 1 else 0).to(batch.mask.device)
         copies = len(batch.texts) // len(batch.rows)
-        if digest is None:
-            hidden = self.states(model, batch, dataset)
-            means = pool_states(hidden, batch.mask, batch.type_ids)
-        else:
-            hidden, means = digest.new_zeros(len(digest), 0, model.dim), digest.new_zeros(len(digest), 0)
+        groups = groups.repeat(copies)
+        if digest is not None:
+            nothing = digest.new_zeros(len(digest), 0)
+            return Inputs(nothing[..., None], nothing.bool(), nothing, nothing, groups, digest)
+        hidden = self.states(model, batch, dataset)
         if model.reads_prompts:
             prompts = self.prompt_states(model, batch, dataset).repeat(copies, 1)
         else:
             prompts = hidden.new_zeros(len(batch.texts), model.dim)
-        return Inputs(hidden, batch.mask, means, prompts, groups.repeat(copies), digest)
+        return Inputs(hidden, batch.mask, pool_states(hidden, batch.mask, batch.type_ids), prompts, groups)
 
     def states(self, model: Backbone, batch: Batch, dataset: TextDataset) -> Tensor:
         """What enters the first adapted layer, `(B, L, D)`."""

@@ -136,9 +136,7 @@ class StocksTask(MoETask):
         data: StocksDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.load_best()
         card = miga_card(self.model, data, self.trainer.current_epoch)
-        # A checkpoint is given away; a day of the data may not be ours to give.
-        features = data.require("val_set")[0].features[:32]
-        golden = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
+        golden = golden_day(data)
         config = (hub.assets() / "configs/stocks/miga-conv.yaml").read_text()
         hub.save(self.model.cpu().eval(), folder, card=card, golden_input=golden, config=config)
         print(f"Checkpoint: {folder}")
@@ -275,6 +273,19 @@ def calmness(dataset: DayDataset) -> NDArray[np.int64]:
 
     ranks = pd.DataFrame(-low_volatility(dataset)).rank(axis=1, pct=True).to_numpy()
     return np.nan_to_num(np.ceil(len(QUARTERS) * ranks[dataset.universe[dataset.days]])).astype(np.int64)
+
+
+def golden_day(data: StocksDataModule) -> Tensor:
+    """Features for the golden input of a checkpoint: this is given away, and a day of the data may not be ours to give.
+
+    Args:
+        data: After `setup` for fitting.
+
+    Returns:
+        Of as many stocks, at most 32, and days as a real day has.
+    """
+    features = data.require("val_set")[0].features[:32]
+    return torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
 
 
 def miga_card(model: Miga, data: StocksDataModule, epochs: int) -> hub.Card:

@@ -1,6 +1,7 @@
 """The harness of studies/reward on generated pairs: rows once, paired differences, a policy and a checkpoint."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +24,16 @@ from studies.reward.methods import (
     PROXIES,
     READINGS,
     SHOWN,
+    SIX_GROUPS,
     TRIALS,
 )
 from studies.reward.properties import regress
 from studies.reward.study import Run
 from tasks.reward.capabilities import CAPABILITIES as KNOWN
 from tasks.reward.capabilities import PREFERENCE_ITSELF
-from tasks.reward.task import RewardTask
+from tasks.reward.examples import read_preference
+from tasks.reward.groups import PREFERENCE, merge_categories
+from tasks.reward.task import RewardTask, astray
 from tests.tasks.reward.builders import EACH, save_base, save_causal
 from zoo import hub
 from zoo.errors import DataNotFoundError, UnknownNameError
@@ -196,19 +200,22 @@ def test_scores_are_those_of_the_saved_network(folder, arguments):
         np.testing.assert_allclose(study.numbers(again["differences"][name]), study.numbers(values), atol=2e-2)
 
 
-def test_the_reading_of_the_task_models_is_theirs(folder, arguments):
+def test_the_readings_of_the_task_models_and_of_a_random_route_are_theirs(folder, arguments):
     options, one = study.parse(arguments()), Run("dmoerm", 0)
     model = study.load_network(options, one).eval()
     data = study.make_data(options, one)
     dataset = study.scored(options, one, data)
     task = RewardTask(pretrained=str(study.checkpoint(options, one)))
     inputs = task.inputs(model, dataset.collate(list(range(len(dataset)))), dataset)
+    batch = dataset.collate(list(range(len(dataset))))
     with torch.no_grad():
+        drawn = model.read(astray(model, inputs, batch), oracle=True).reward
         route = model.read(inputs).route
         rewards = torch.stack([inner.task_rewards(inputs.streams) for inner in model.inner], dim=1)
     own = rewards.gather(1, route[:, None])[:, 0]
-    values = study.numbers(row(folder, "dmoerm.seed0")["differences"]["task"])
-    np.testing.assert_allclose((own[: len(dataset)] - own[len(dataset) :]).numpy(), values, atol=2e-2)
+    for name, found in (("random", drawn), ("task", own)):
+        values = study.numbers(row(folder, "dmoerm.seed0")["differences"][name])
+        np.testing.assert_allclose((found[: len(dataset)] - found[len(dataset) :]).numpy(), values, atol=2e-2)
 
 
 def test_a_regression_finds_what_a_group_goes_by():
@@ -299,12 +306,13 @@ def size(dim=384, hidden=1536, name="dmoerm"):
     per_rank = 4 * (dim + dim) + 2 * (dim + hidden)
 
     def lora(rank):
-        return rank * per_rank + dim
+        # A head reads the last state and two means.
+        return rank * per_rank + 3 * dim
 
     if name == "ensemble":
         return network["members"] * lora(network["rank"])
     if name == "objectives":
-        return lora(network["rank"]) + len(network["capabilities"]) * dim
+        return lora(network["rank"]) + len(network["capabilities"]) * 3 * dim
     groups, capabilities = len(network["groups"]), network.get("capabilities", [])
     names = capabilities if isinstance(capabilities, list) else next(iter(capabilities.values()))
     experts = len([name for name in names if name != PREFERENCE_ITSELF])
@@ -317,6 +325,12 @@ def size(dim=384, hidden=1536, name="dmoerm"):
 @pytest.mark.parametrize("name", ["single-equal", "objectives", "ensemble", "one-group"])
 def test_baselines_of_equal_size_have_as_many_parameters(name):
     assert size(name=name) == pytest.approx(size(), rel=0.02)
+
+
+@pytest.mark.skipif("MOE_ZOO_DATA" not in os.environ, reason="needs the development data (MOE_ZOO_DATA)")
+def test_groups_are_those_of_the_rule():
+    pairs = [p for path in PREFERENCE["train"] for p in read_preference(Path(os.environ["MOE_ZOO_DATA"]) / path)]
+    assert merge_categories(pairs, most=4) == GROUPS and merge_categories(pairs) == SIX_GROUPS
 
 
 def test_what_is_slow_is_scored_on_one_pair_of_each_prompt(arguments):
@@ -343,7 +357,8 @@ def test_a_verdict_is_about_the_best_baseline(folder, arguments, gain, said):
     found = study.verdict(report, "dmoerm")
     named = f"{METHODS['ensemble'].what}, read as worst" if gain else METHODS["gate"].what
     assert f"best of 7 readings of baselines ({named})" in found and f"the mixture {said}. The router" in found
-    assert found.endswith("matters: above a random one by +1.0 [+1.0, +1.0]." if gain else "by +0.0 [+0.0, +0.0].")
+    better, alike = "better than a random one: +1.0 [+1.0, +1.0].", "told from a random one: +0.0 [+0.0, +0.0]."
+    assert found.endswith(better if gain else alike)
     del report.scores["dmoerm/random"]
     assert study.verdict(report, "dmoerm").endswith(f"the mixture {said}.")
     assert study.verdict(report, "single") == "", "it is no mixture"

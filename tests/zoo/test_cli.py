@@ -112,13 +112,18 @@ def test_fit_then_test_then_predict(here, capsys):
 
 @pytest.mark.parametrize("command", ["test", "predict"])
 def test_scores_are_of_all_samples_in_one_process(command, here, capsys):
-    told = sentence(capsys, command, "-c", "toy.yaml", "--out", "runs/toy", "--trainer.devices=2")
-    assert f"trainer.devices=2: {command} runs on one device; leave it out." in told
+    for option in ("--trainer.devices=2", "--trainer.devices=[0,1]", "--trainer.num_nodes=2"):
+        told = sentence(capsys, command, "-c", "toy.yaml", "--out", "runs/toy", option)
+        assert f"{option.removeprefix('--').replace(',', ', ')}" in told
+        assert f"{command} runs on one device: set both to 1, or name one in a list." in told
     # As many as the machine has would be used.
-    devices = SimpleNamespace(callbacks=None, enable_checkpointing=False, logger=False, devices="auto")
+    trainer = {"callbacks": None, "enable_checkpointing": False, "logger": False, "num_nodes": 1}
     task = SimpleNamespace(monitor=None)
-    assert cli._run_files(command, here, task, devices)["devices"] == 1
-    assert "devices" not in cli._run_files("fit", here, task, devices)
+    for devices, found in (("auto", {"devices": 1}), (1, {}), ([3], {})):
+        configured = SimpleNamespace(**trainer, devices=devices)
+        files = cli._run_files(command, here, task, configured)
+        assert {name: files[name] for name in files if name == "devices"} == found
+    assert "devices" not in cli._run_files("fit", here, task, SimpleNamespace(**trainer, devices="auto"))
 
 
 def test_the_script_returns_no_exit_code(monkeypatch):

@@ -1,5 +1,6 @@
 """How texts are cut, what phases learn from, labels, the store of states, and what a datamodule refuses."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from tasks.reward.capabilities import capability_preferences
 from tasks.reward.data import GENERATED_COUNTS, GroupSampler, RewardDataModule, limit_pairs, number_prompts
-from tasks.reward.examples import generate_pairs
+from tasks.reward.examples import generate_pairs, prompt_key
 from tasks.reward.texts import (
     LINE,
     StateStore,
@@ -122,6 +123,18 @@ def test_batches_hold_both_answers_of_each_pair(data):
     assert len({tuple(one.ids) for one in dataset.prompts}) == len({pair.prompt for pair in dataset.pairs})
 
 
+def test_official_pairs_that_the_test_part_asks_too_are_left_out(bases, monkeypatch, capsys):
+    parts = {"train": generate_pairs(60, 3), "test": generate_pairs(20, 4)}
+    parts["test"].append(replace(parts["train"][7], id="asked too"))
+    asked = {prompt_key(pair.prompt) for pair in parts["test"]}
+    count = sum(prompt_key(pair.prompt) in asked for pair in parts["train"])
+    monkeypatch.setattr("tasks.reward.data.load_official", lambda source, part: parts[part])
+    found = RewardDataModule(source="hh_rlhf", base=bases["bert"]).read_training()
+    assert f"{count} training pairs left out: the test part has their prompt." in capsys.readouterr().out
+    assert count and len(found["train"]) + len(found["val"]) == 60 - count
+    assert not asked & {prompt_key(pair.prompt) for of in found.values() for pair in of}
+
+
 def test_phases_learn_from_their_own_pairs(data):
     dataset = data.train_set
     count = len(dataset)
@@ -129,7 +142,7 @@ def test_phases_learn_from_their_own_pairs(data):
     early, late = set(dataset.places("task")), set(dataset.places("aggregate"))
     assert early | late == set(range(count)) and not early & late
     assert not {dataset.prompt_of[p] for p in early} & {dataset.prompt_of[p] for p in late}
-    # What combines experts has to see them on pairs that they have not learned from.
+    # What combines experts has to see the task models on pairs that they have not learned from.
     assert set(dataset.places("joint")) == early
     assert dataset.places("members") == dataset.places("capability") == list(range(count))
     first = dataset.places("router")

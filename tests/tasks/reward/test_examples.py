@@ -238,7 +238,8 @@ def test_the_groups_of_the_config_are_those_of_the_rule():
     groups = merge_categories(parts["train"], most=4)
     config = yaml.safe_load(Path("configs/reward/dmoerm-minilm.yaml").read_text())
     assert json.loads(json.dumps(groups)) == config["model"]["init_args"]["network"]["groups"]
-    assert len(groups) <= 6
+    causal = yaml.safe_load(Path("configs/reward/smollm2.yaml").read_text())
+    assert causal["model"]["init_args"]["network"]["groups"] == groups
     for categories in groups.values():
         assert len({category in HARMLESS for category in categories}) == 1
     keys = {prompt_key(pair.prompt) for pair in parts["test"]}
