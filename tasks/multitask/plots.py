@@ -128,7 +128,7 @@ def plot_scores(report: Report, path: str | Path, methods: Sequence[str] | None 
         axes.set_xlim(-0.5, len(keys) - 0.5)
         axes.set_ylabel("percent")
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-        figure.legend(loc="outside lower center", ncols=min(len(methods) + 1, 6))
+        figure.legend(loc="outside lower center", ncols=len(methods) + 1)
         words = "Main metric of each task; thin lines are 95 % intervals over examples and seeds"
         figure.suptitle(words, x=0.01, ha="left", fontsize=12)
         return save_figure(figure, path)

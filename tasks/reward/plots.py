@@ -45,7 +45,7 @@ def plot_consistency(
         axes.set_ylim(30, 100)
         axes.set_ylabel("pairs ranked as people do (%)")
         axes.set_title("Consistency; lines are 95 % intervals over prompts and seeds, dashed is chance", loc="left")
-        figure.legend(loc="outside lower center", ncols=min(len(models), 5))
+        figure.legend(loc="outside lower center", ncols=min(len(models), 7))
         return save_figure(figure, path)
 
 
@@ -109,5 +109,5 @@ def plot_best_of_n(curves: Mapping[str, Curve], path: str | Path) -> Path:
             axes.set_xlabel("KL from the policy (nats), ln n - (n - 1) / n")
             above = axes.secondary_xaxis("top")
             above.set_xticks(first.kl, [f"n={n}" for n in first.n], fontsize=8)
-        figure.legend(loc="outside lower center", ncols=min(len(curves), 5))
+        figure.legend(loc="outside lower center", ncols=-(-len(curves) // 2))
         return save_figure(figure, path)
