@@ -78,8 +78,8 @@ RATE = 1e-3
 PASSES = 2
 # Of DMoERM: epochs of each phase, the share of the pairs of which only the aggregation learns what people prefer, the
 # rate of that, which has few weights and starts from what is known, and how much it is held there.
-EPOCHS = {"router": 3, "joint": 2, "task": 2, "capability": 2, "aggregate": 16}
-SHARE = 0.25
+EPOCHS = {"router": 3, "joint": 2, "task": 1, "capability": 2, "aggregate": 16}
+SHARE = 0.1
 LAST_RATE, DECAY = 2e-2, 0.03
 # Of the gate, which is drawn at random but for its last layer; it is held to its start as much.
 GATE_RATE, GATE_EPOCHS = 1e-3, 4
