@@ -61,7 +61,9 @@ def plot_experts(
                 axes.set_xlabel("expert", fontsize=9)
         for axes in panels[len(tables) :]:
             axes.set_axis_off()
-        bar = figure.colorbar(image, ax=list(panels), ticks=[1 / MOST, 1 / 2, 1, 2, MOST], extend="both", pad=0.02)
+        # As long beside many panels as beside six.
+        size = {"pad": 0.02, "shrink": min(1.0, 6 / len(panels)), "anchor": (0.0, 1.0)}
+        bar = figure.colorbar(image, ax=list(panels), ticks=[1 / MOST, 1 / 2, 1, 2, MOST], extend="both", **size)
         bar.ax.set_yticklabels([f"1/{MOST}", "1/2", "1 (even)", "2", str(MOST)])
         bar.ax.minorticks_off()
         bar.set_label("load over an even share")
