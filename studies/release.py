@@ -29,7 +29,11 @@ def find_run(folder: Path, method: str, seed: int) -> Path:
 
 
 def recorded(
-    study: str, options: argparse.Namespace, scores: Mapping[str, float], methods: Iterable[str] = ()
+    study: str,
+    options: argparse.Namespace,
+    scores: Mapping[str, float],
+    methods: Iterable[str] = (),
+    seeds: Iterable[int] | None = None,
 ) -> hub.Result:
     """What a card says of a study: its scores with the command that makes them.
 
@@ -38,8 +42,9 @@ def recorded(
         options: Its command line: the seeds of the table, and the commit that its rows were made on.
         scores: By their names.
         methods: Those that they are about, where some are not run unless they are named.
+        seeds: Those that these have, where they have not all of the table.
     """
-    command = f"python -m {study} --seeds {' '.join(map(str, options.seeds))}"
+    command = f"python -m {study} --seeds {' '.join(map(str, options.seeds if seeds is None else seeds))}"
     if named := " ".join(methods):
         command += f" --methods {named}"
     return hub.Result(scores, command, options.commit)

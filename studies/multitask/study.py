@@ -47,7 +47,6 @@ from tasks.multitask.evaluate import (
     AVERAGE,
     AVERAGE_GLUE,
     GLUE,
-    MAJORITY,
     Labels,
     Report,
     ScoredTask,
@@ -548,13 +547,19 @@ def release(options: argparse.Namespace) -> Path:
     folder = find_run(checkpoint(options, one), one.method, one.seed)
     rows = read_rows(options)
     report = make_report(rows, TEST)
-    rivals = {
-        f"{method}/{key}": value
-        for method in report.predictions
-        if method != MAJORITY
-        for key, value in report.metrics(method).items()
-    }
-    results = [recorded("studies.multitask.study", options, rivals, rows)]
+    by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for method, of in rows.items():
+        by_seeds.setdefault(tuple(row["seed"] for row in of), []).append(method)
+    results = [
+        recorded(
+            "studies.multitask.study",
+            options,
+            {f"{method}/{key}": value for method in methods for key, value in report.metrics(method).items()},
+            methods,
+            seeds,
+        )
+        for seeds, methods in by_seeds.items()
+    ]
     card = replace(hub.info(folder).card, results=results, verdict=verdict(report, one.method), **TERMS)
     return save_released(hub.load_as(folder, MultitaskModel), folder, options.out, card)
 

@@ -114,8 +114,8 @@ class MultitaskTask(MoETask):
                 router's logits by as much as these differ.
             weight_decay: Its weight decay.
             warmup: Share of all steps in which the rate rises.
-            gradient_checkpointing: Whether the base's layers are computed again in the backward pass, which takes a
-                third more time, in place of keeping what they made.
+            gradient_checkpointing: Whether the base's layers are computed again in the backward pass, which takes more
+                time, in place of keeping what they made, which takes more memory.
 
         Raises:
             UnknownNameError: There is no such argument of the network.

@@ -290,6 +290,24 @@ def test_the_release_holds_adapters_and_heads_and_what_others_scored(folder):
     )
 
 
+def test_a_card_names_the_seeds_that_each_method_has(folder, arguments, tmp_path, monkeypatch):
+    options = ["--release", "smora", "--seed", "1", "--commit", "c0ffee", "--out", str(tmp_path / "released")]
+    read_rows = study.read_rows
+
+    def found(of):
+        return read_rows(of).items()
+
+    kept = {"moe-top1": 1}
+    monkeypatch.setattr(study, "read_rows", lambda of: {name: rows[: kept.get(name)] for name, rows in found(of)})
+    study.main(arguments(*options, folder=folder))
+    results = hub.info(tmp_path / "released").card.results
+    assert {of.command.partition(" --seeds ")[2] for of in results} == {
+        "0 --methods moe-top1",
+        f"0 1 --methods {' '.join(name for name in CHOSEN if name != 'moe-top1')}",
+    }
+    assert all(name.startswith("moe-top1/") == ("moe-top1" in of.command) for of in results for name in of.metrics)
+
+
 def test_what_is_released_learns_longer_than_its_table(arguments):
     options = study.parse(arguments())
     for name in ("smora", "mola-even", "lora-r64"):
