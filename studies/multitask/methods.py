@@ -15,6 +15,7 @@ class Method:
         adapter: Arguments of its config.
         rate_of: The method whose learning rate it takes, being another setting of the same layer; "" has its own.
         times: How many times as many steps it learns for as the others do.
+        rate_share: Its rate, as a share of the one that was chosen.
     """
 
     what: str
@@ -22,6 +23,7 @@ class Method:
     adapter: Mapping[str, Any] = field(default_factory=dict)
     rate_of: str = ""
     times: int = 1
+    rate_share: float = 1.0
 
 
 # Of all methods: what is added is divided by the ranks that a token uses, so that a step of Adam moves a layer equally
@@ -76,11 +78,14 @@ METHODS: dict[str, Method] = {
     "smora-k4": smora(4, rate_of="smora"),
     "smora-k32": smora(32, rate_of="smora"),
 }
-# What is released, and what plain LoRA is worth after as many steps.
-LONG, TIMES = "-long", 3
+# What is released, and what plain LoRA is worth after as many steps: at the rate that short trials chose, and at the next
+# lower one that they had. Validation chooses between these.
+LONG, SLOW, TIMES = "-long", "-slow", 3
 for name in ("lora-r64", "mola-even", "smora"):
     method = METHODS[name]
-    METHODS[name + LONG] = replace(method, what=f"{method.what}; {TIMES} times as long", rate_of=name, times=TIMES)
+    long = replace(method, what=f"{method.what}; {TIMES} times as long", rate_of=name, times=TIMES)
+    METHODS[name + LONG] = long
+    METHODS[name + SLOW] = replace(long, what=f"{long.what}, at 0.3 of the rate", rate_share=0.3)
 
 # The table; the others run when they are named.
 MAIN = (
@@ -130,6 +135,11 @@ PAIRS = (
     ("smora-long", "lora-r64-long"),
     ("mola-even-long", "lora-r64-long"),
     ("smora-long", "smora"),
+    ("smora-slow", "lora-r64-slow"),
+    ("mola-even-slow", "lora-r64-slow"),
+    ("smora-slow", "smora-long"),
+    ("mola-even-slow", "mola-even-long"),
+    ("lora-r64-slow", "lora-r64-long"),
 )
 # What the figure shows.
 SHOWN = ("lora-r8", "lora-r64", "moe-top1", "moe-top2", "mola-even", "smora")

@@ -35,6 +35,7 @@ from studies.multitask.methods import (
     RATES,
     ROUTER_RATE,
     SHOWN,
+    SLOW,
     Method,
     tuned_as,
 )
@@ -98,15 +99,21 @@ class Run(NamedTuple):
 
 
 def run(options: argparse.Namespace, one: Run) -> Row:
-    """Train and score: a trial by what chooses rates, a run of the table by the test."""
+    """Train and score: a trial by what chooses rates, a run of the table by the test, a longer one by both."""
     data = load_data(options.source, options.batch_size, options.score_limit)
-    part = VAL if one.trial else TEST
     data.seed = one.seed
     data.epoch_size = data.batch_size * steps_of(options, one)
     task = build(options, one)
     facts = train(options, one, task, data)
     task.model.eval()
-    return {**facts, **count_parameters(task.model), part: judge(task, data, part)}
+    return {**facts, **count_parameters(task.model), **{part: judge(task, data, part) for part in parts_of(one)}}
+
+
+def parts_of(one: Run) -> tuple[str, ...]:
+    """What a run is scored by; of the longer ones validation chooses what is released."""
+    if one.trial:
+        return (VAL,)
+    return (VAL, TEST) if METHODS[one.method].times > 1 else (TEST,)
 
 
 def steps_of(options: argparse.Namespace, one: Run) -> int:
@@ -263,8 +270,8 @@ def describe(options: argparse.Namespace, one: Run) -> Row:
     """What a row is about; one about anything else is not that of the run."""
     names = ("source", "base", "batch_size", "score_limit")
     setting = asdict(METHODS[one.method])
-    # Which the number of steps tells.
-    del setting["times"]
+    # Which the number of steps and the rate tell.
+    del setting["times"], setting["rate_share"]
     return {
         **{name: getattr(options, name) for name in names},
         "trial_steps" if one.trial else "steps": steps_of(options, one),
@@ -366,7 +373,7 @@ def runs_of(options: argparse.Namespace, methods: Sequence[str]) -> list[Run]:
     Raises:
         DataNotFoundError: A method has no rate yet.
     """
-    found = {method: chosen_rate(options, method) for method in methods}
+    found = {method: round(chosen_rate(options, method) * METHODS[method].rate_share, 8) for method in methods}
     return [Run(method, found[method], seed) for seed in options.seeds for method in methods]
 
 
@@ -566,7 +573,7 @@ def release(options: argparse.Namespace) -> Path:
 
 def verdict(report: Report, method: str) -> str:
     """Whether a mixture paid: how far it is above LoRA of as many ranks; nothing where that has not been run."""
-    twin = TWIN + LONG * method.endswith(LONG)
+    twin = TWIN + next((longer for longer in (LONG, SLOW) if method.endswith(longer)), "")
     if twin not in report.predictions or method == twin:
         return ""
     key = AVERAGE_GLUE if AVERAGE_GLUE in report.metric_names() else AVERAGE
