@@ -78,8 +78,8 @@ METHODS: dict[str, Method] = {
     "smora-k4": smora(4, rate_of="smora"),
     "smora-k32": smora(32, rate_of="smora"),
 }
-# What is released, and what plain LoRA is worth after as many steps: at the rate that short trials chose, and at the next
-# lower one that they had. Validation chooses between these.
+# What is released, and what plain LoRA is worth after as many steps: at the rate that short trials chose, and at the
+# next lower one that they had. Validation chooses between these.
 LONG, SLOW, TIMES = "-long", "-slow", 3
 for name in ("lora-r64", "mola-even", "smora"):
     method = METHODS[name]

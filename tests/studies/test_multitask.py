@@ -1,6 +1,7 @@
 """The harness of studies/multitask on generated tasks: rates, rows once, tables, paired differences, a checkpoint."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -311,10 +312,22 @@ def test_a_card_names_the_seeds_that_each_method_has(folder, arguments, tmp_path
 def test_what_is_released_learns_longer_than_its_table(arguments):
     options = study.parse(arguments())
     for name in ("smora", "mola-even", "lora-r64"):
-        short, long = (METHODS[f"{name}{end}"] for end in ("", "-long"))
+        short, long, slow = (METHODS[f"{name}{end}"] for end in ("", "-long", "-slow"))
+        assert replace(slow, what="", rate_share=1) == replace(long, what="") and slow.rate_share == 0.3
         assert replace(long, what="", rate_of="", times=1) == replace(short, what="")
         assert study.steps_of(options, Run(f"{name}-long", 1e-3, 0)) == 3 * study.steps_of(options, Run(name, 1e-3, 0))
         assert study.steps_of(options, Run(f"{name}-long", 1e-3, 0, trial=True)) == options.trial_steps
+
+
+def test_longer_runs_are_validated_and_may_be_slower(arguments, folder, tmp_path):
+    for part in ("trials", "results"):
+        shutil.copytree(folder / part, tmp_path / part)
+    study.main([*arguments(folder=tmp_path), "--methods", "smora-slow", "--seeds", "0"])
+    found, short = row(tmp_path, "smora-slow.seed0"), row(tmp_path, "smora.seed0")
+    assert (found["steps"], found["lr"]) == (3 * short["steps"], round(0.3 * short["lr"], 8))
+    assert found["head_lr"] == short["head_lr"]
+    assert found["val"]["tasks"].keys() == found["test"]["tasks"].keys()
+    assert found["val"] != found["test"]
 
 
 @pytest.mark.parametrize(("alike", "said"), [(True, "did not pay"), (False, "paid")])
@@ -335,6 +348,7 @@ def test_a_verdict_is_about_plain_lora(folder, arguments, monkeypatch, alike, sa
 ACTIVE = {
     "lora-r64": 64,
     "lora-r64-long": 64,
+    "lora-r64-slow": 64,
     "moe-top1": 2,
     "smora-k16": 16,
     "smora-k16-p8": 16,
