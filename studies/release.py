@@ -28,7 +28,7 @@ def find_run(folder: Path, method: str, seed: int) -> Path:
     return folder
 
 
-def recorded(
+def result_of(
     study: str,
     options: argparse.Namespace,
     scores: Mapping[str, float],

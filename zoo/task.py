@@ -145,13 +145,13 @@ class MoETask(pl.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """One step of validation."""
         output = self.step(batch)
-        self.log("val_loss", output.loss, prog_bar=True, batch_size=len(output.targets))
+        self.log("val_loss", output.loss, prog_bar=True, batch_size=len(output.targets), sync_dist=True)
         self.update_metrics(self.val_metrics, output)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """One step of testing."""
         output = self.step(batch)
-        self.log("test_loss", output.loss, batch_size=len(output.targets))
+        self.log("test_loss", output.loss, batch_size=len(output.targets), sync_dist=True)
         self.update_metrics(self.test_metrics, output)
 
     def update_metrics(self, metrics: MetricCollection, output: StepOutput) -> None:

@@ -40,7 +40,7 @@ from studies.multitask.methods import (
     tuned_as,
 )
 from studies.options import add_release_options, read_options, study_parser
-from studies.release import find_run, recorded, save_released
+from studies.release import find_run, result_of, save_released
 from studies.rows import Row, is_done, write_whole
 from tasks.multitask.data import SPLIT_SEED, MultitaskDataModule
 from tasks.multitask.encode import TaskDataset
@@ -558,7 +558,7 @@ def release(options: argparse.Namespace) -> Path:
     for method, of in rows.items():
         by_seeds.setdefault(tuple(row["seed"] for row in of), []).append(method)
     results = [
-        recorded(
+        result_of(
             "studies.multitask.study",
             options,
             {f"{method}/{key}": value for method in methods for key, value in report.metrics(method).items()},

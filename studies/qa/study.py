@@ -28,7 +28,7 @@ import torch
 
 from studies.options import add_release_options, read_options, study_parser
 from studies.qa.methods import MAIN, METHODS, PAIRS, SHOWN
-from studies.release import find_run, recorded, save_released
+from studies.release import find_run, result_of, save_released
 from studies.rows import Row, is_done, write_whole
 from tasks.qa.data import OOD_DOMAINS, QADataModule, WindowDataset
 from tasks.qa.decode import decode
@@ -345,7 +345,7 @@ def release(options: argparse.Namespace) -> Path:
     card = replace(
         card,
         verdict=verdict(report, one.method),
-        results=[recorded("studies.qa.study", options, scores)],
+        results=[result_of("studies.qa.study", options, scores)],
         **TERMS[options.source],
     )
     return save_released(hub.load_as(folder, QAReader), folder, options.out, card)

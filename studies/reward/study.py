@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from studies.options import add_release_options, read_options, study_parser
-from studies.release import find_run, recorded, save_released
+from studies.release import find_run, result_of, save_released
 from studies.reward.methods import BASELINES, GOLD, GROUPS, MAIN, METHODS, PAIRS, READINGS, SHOWN, TRIALS, Method
 from studies.reward.properties import regress
 from studies.rows import Row, is_done, write_whole
@@ -582,7 +582,7 @@ def release(options: argparse.Namespace) -> Path:
         if name not in (one.method, LONGER)
         for key, value in report.metrics(name).items()  # type: ignore[union-attr]
     }
-    results = [recorded("studies.reward.study", options, rivals)]
+    results = [result_of("studies.reward.study", options, rivals)]
     card = replace(hub.info(folder).card, results=results, verdict=verdict(report, one.method), **TERMS)
     return save_released(load_network(options, one), folder, options.out, card)
 

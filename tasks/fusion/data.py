@@ -145,7 +145,7 @@ class Pair:
 
     def read(self) -> tuple[Pixels, Pixels]:
         """Decode: infrared and visible, `(H, W)` or `(H, W, 3)`, uint8 or uint16."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define read().")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
