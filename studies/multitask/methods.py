@@ -78,14 +78,19 @@ METHODS: dict[str, Method] = {
     "smora-k4": smora(4, rate_of="smora"),
     "smora-k32": smora(32, rate_of="smora"),
 }
-# What is released, and what plain LoRA is worth after as many steps: at the rate that short trials chose, and at the
-# next lower one that they had. Validation chooses between these.
-LONG, SLOW, TIMES = "-long", "-slow", 3
+# What is released, and what plain LoRA is worth after as many steps: at the rate that short trials chose; at the next
+# lower one that they had; and with dropout. Validation chooses between these.
+LONG, SLOW, DROPOUT, TIMES = "-long", "-slow", "-dropout", 3
 for name in ("lora-r64", "mola-even", "smora"):
     method = METHODS[name]
     long = replace(method, what=f"{method.what}; {TIMES} times as long", rate_of=name, times=TIMES)
-    METHODS[name + LONG] = long
-    METHODS[name + SLOW] = replace(long, what=f"{long.what}, at 0.3 of the rate", rate_share=0.3)
+    dropped = {"lora_dropout" if method.method == "lora" else "dropout": 0.1}
+    METHODS |= {
+        name + LONG: long,
+        name + SLOW: replace(long, what=f"{long.what}, at 0.3 of the rate", rate_share=0.3),
+        name + DROPOUT: replace(long, what=f"{long.what}, dropout 0.1", adapter={**method.adapter, **dropped}),
+    }
+LONGER = (LONG, SLOW, DROPOUT)
 
 # The table; the others run when they are named.
 MAIN = (
@@ -140,6 +145,11 @@ PAIRS = (
     ("smora-slow", "smora-long"),
     ("mola-even-slow", "mola-even-long"),
     ("lora-r64-slow", "lora-r64-long"),
+    ("smora-dropout", "lora-r64-dropout"),
+    ("mola-even-dropout", "lora-r64-dropout"),
+    ("smora-dropout", "smora-long"),
+    ("mola-even-dropout", "mola-even-long"),
+    ("lora-r64-dropout", "lora-r64-long"),
 )
 # What the figure shows.
 SHOWN = ("lora-r8", "lora-r64", "moe-top1", "moe-top2", "mola-even", "smora")

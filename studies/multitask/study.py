@@ -27,7 +27,7 @@ import torch
 from studies.multitask.methods import (
     HEAD_RATES,
     HEADS,
-    LONG,
+    LONGER,
     MAIN,
     METHODS,
     PAIRS,
@@ -35,7 +35,6 @@ from studies.multitask.methods import (
     RATES,
     ROUTER_RATE,
     SHOWN,
-    SLOW,
     Method,
     tuned_as,
 )
@@ -573,7 +572,7 @@ def release(options: argparse.Namespace) -> Path:
 
 def verdict(report: Report, method: str) -> str:
     """Whether a mixture paid: how far it is above LoRA of as many ranks; nothing where that has not been run."""
-    twin = TWIN + next((longer for longer in (LONG, SLOW) if method.endswith(longer)), "")
+    twin = TWIN + next((longer for longer in LONGER if method.endswith(longer)), "")
     if twin not in report.predictions or method == twin:
         return ""
     key = AVERAGE_GLUE if AVERAGE_GLUE in report.metric_names() else AVERAGE

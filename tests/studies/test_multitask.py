@@ -315,6 +315,10 @@ def test_what_is_released_learns_longer_than_its_table(arguments):
         short, long, slow = (METHODS[f"{name}{end}"] for end in ("", "-long", "-slow"))
         assert replace(slow, what="", rate_share=1) == replace(long, what="") and slow.rate_share == 0.3
         assert replace(long, what="", rate_of="", times=1) == replace(short, what="")
+        dropped = METHODS[f"{name}-dropout"]
+        key = "lora_dropout" if name == "lora-r64" else "dropout"
+        assert dropped.adapter == {**short.adapter, key: 0.1}
+        assert replace(dropped, what="", adapter={}) == replace(long, what="", adapter={})
         assert study.steps_of(options, Run(f"{name}-long", 1e-3, 0)) == 3 * study.steps_of(options, Run(name, 1e-3, 0))
         assert study.steps_of(options, Run(f"{name}-long", 1e-3, 0, trial=True)) == options.trial_steps
 
@@ -349,6 +353,7 @@ ACTIVE = {
     "lora-r64": 64,
     "lora-r64-long": 64,
     "lora-r64-slow": 64,
+    "lora-r64-dropout": 64,
     "moe-top1": 2,
     "smora-k16": 16,
     "smora-k16-p8": 16,
