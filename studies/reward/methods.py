@@ -73,12 +73,14 @@ class Method:
     cached: bool = True
 
 
-# What learns alike: the rate, and how often a baseline sees each pair.
-RATE = 1e-3
+# What learns alike: the rate, how much heads are held to zero, and how often a baseline sees each pair.
+RATE, HEAD_DECAY = 1e-3, 0.1
 PASSES = 2
 # Of DMoERM: epochs of each phase, the share of the pairs of which only the aggregation learns what people prefer, the
-# rate of that, which has few weights and starts from what is known, and how much it is held there.
-EPOCHS = {"router": 3, "joint": 2, "task": 1, "capability": 2, "aggregate": 16}
+# rate of that, which has few weights and starts from what is known, and how much it is held there. Inner models learn
+# their own kinds of tasks, so many times as fast, after one for all.
+EPOCHS = {"router": 3, "joint": 2, "task": 2, "capability": 2, "aggregate": 16}
+TASK_SPEED = 3
 SHARE = 0.1
 LAST_RATE, DECAY = 2e-2, 0.03
 # Of the gate, which is drawn at random but for its last layer; it is held to its start as much.
@@ -94,6 +96,7 @@ def dmoerm(
     share: float = SHARE,
     lr: float = RATE,
     last_lr: float = LAST_RATE,
+    head_decay: float = HEAD_DECAY,
     **network: Any,
 ) -> Method:
     """DMoERM with all its parts, but for what is named.
@@ -104,64 +107,65 @@ def dmoerm(
         share: Of the pairs of which only the aggregation learns what people prefer.
         lr: Learning rate.
         last_lr: That of the aggregation.
+        head_decay: Of the task models.
         network: Arguments of `DMoERM` that differ.
     """
     counts = {phase: count for phase, count in {**EPOCHS, **(epochs or {})}.items() if count}
     aggregation = {"aggregate": "score", "aggregate_dim": 0, "aggregate_decay": DECAY}
     experts = {"capabilities": CAPABILITIES, "share_capabilities": True, "capability_rank": CAPABILITY_RANK}
-    chosen = {"groups": GROUPS, **experts, **aggregation, **network}
-    rates = {"lr": lr, "phase_lr": {"aggregate": last_lr}}
+    chosen = {"groups": GROUPS, "head_decay": head_decay, **experts, **aggregation, **network}
+    rates = {"lr": lr, "phase_lr": {"task": TASK_SPEED * lr, "aggregate": last_lr}}
     return Method(what, "dmoerm", chosen, counts, rates, {"aggregate_share": share})
 
 
-def single(what: str, rank: int, lr: float = RATE, passes: int = PASSES, **data: Any) -> Method:
+def single(what: str, rank: int, lr: float = RATE, head_decay: float = HEAD_DECAY, **data: Any) -> Method:
     """One LoRA and a head: the twin.
 
     Args:
         what: In words.
         rank: Of the LoRA.
         lr: Learning rate.
-        passes: How often it sees each pair.
+        head_decay: Of its heads.
         data: Arguments of `StudyData`.
     """
-    network = {"groups": ONE_GROUP, "task_rank": rank}
-    return Method(what, "dmoerm", network, {"joint": passes}, {"lr": lr}, {"aggregate_share": 0.0, **data})
+    network = {"groups": ONE_GROUP, "task_rank": rank, "head_decay": head_decay}
+    return Method(what, "dmoerm", network, {"joint": PASSES}, {"lr": lr}, {"aggregate_share": 0.0, **data})
 
 
-def ensemble(what: str, lr: float = RATE, passes: int = PASSES) -> Method:
+def ensemble(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> Method:
     """Five LoRAs, together as large as DMoERM.
 
     Args:
         what: In words.
         lr: Learning rate.
-        passes: How often they see each pair.
+        head_decay: Of its heads.
     """
-    network = {"members": 5, "rank": MEMBER_RANK}
-    return Method(what, "ensemble", network, {"members": passes}, {"lr": lr}, {"aggregate_share": 0.0})
+    network = {"members": 5, "rank": MEMBER_RANK, "head_decay": head_decay}
+    return Method(what, "ensemble", network, {"members": PASSES}, {"lr": lr}, {"aggregate_share": 0.0})
 
 
-def objectives(what: str, lr: float = RATE, passes: int = PASSES) -> Method:
+def objectives(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> Method:
     """One LoRA, as large as DMoERM, with a head for the preference and one for each capability.
 
     Args:
         what: In words.
         lr: Learning rate.
-        passes: How often it sees each pair.
+        head_decay: Of its heads.
     """
-    network = {"capabilities": CAPABILITIES[1:], "rank": EQUAL_RANK}
-    return Method(what, "objectives", network, {"objectives": passes}, {"lr": lr}, {"aggregate_share": 0.0})
+    network = {"capabilities": CAPABILITIES[1:], "rank": EQUAL_RANK, "head_decay": head_decay}
+    return Method(what, "objectives", network, {"objectives": PASSES}, {"lr": lr}, {"aggregate_share": 0.0})
 
 
-def gate(what: str, lr: float = RATE, passes: int = PASSES) -> Method:
+def gate(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> Method:
     """The same with a gate that reads the prompt and weighs the heads, learned from what DMoERM's aggregation is.
 
     Args:
         what: In words.
         lr: Learning rate.
-        passes: How often its LoRA sees each pair.
+        head_decay: Of its heads.
     """
-    plain = objectives(what, lr, passes)
-    epochs = {"objectives": passes, "gate": GATE_EPOCHS}
+    plain = objectives(what, lr, head_decay)
+    epochs = {"objectives": PASSES, "gate": GATE_EPOCHS}
     rates = {"lr": lr, "phase_lr": {"gate": GATE_RATE}}
     network = {**plain.network, "gate": True, "gate_decay": DECAY}
     return replace(plain, network=network, epochs=epochs, task=rates, data={"aggregate_share": SHARE})
@@ -231,9 +235,10 @@ FLIPPED = tuple(f"{name}-flip{round(100 * share)}" for share in FLIPS for name i
 for name in FLIPPED:
     method, _, percent = name.partition("-flip")
     METHODS[name] = flipped(METHODS[method], int(percent) / 100)
-# What validation chooses from: the same rates and passes for all, four settings of each method.
-GRID = [(lr, passes) for lr in (RATE, 3e-4) for passes in (PASSES, 2 * PASSES)]
+# What validation chooses from: the same rates and decays for all, four settings of each method.
+GRID = [(lr, decay) for lr in (RATE, 3e-4) for decay in (HEAD_DECAY, 0.01)]
 MAKERS = {
+    "dmoerm": dmoerm,
     "single": partial(single, rank=RANK),
     "single-equal": partial(single, rank=EQUAL_RANK),
     "objectives": objectives,
@@ -242,15 +247,12 @@ MAKERS = {
 }
 TRIALS: dict[str, dict[str, Method]] = {
     name: {
-        f"{name}.lr{lr:g}.{passes}": make(f"{METHODS[name].what}; rate {lr:g}, {passes} passes", lr=lr, passes=passes)
-        for lr, passes in GRID
+        f"{name}.lr{lr:g}.{decay:g}": make(
+            f"{METHODS[name].what}; rate {lr:g}, decay {decay:g}", lr=lr, head_decay=decay
+        )
+        for lr, decay in GRID
     }
     for name, make in MAKERS.items()
-}
-# Passes are those of the joint phase.
-TRIALS["dmoerm"] = {
-    f"dmoerm.lr{lr:g}.{passes}": dmoerm(f"DMoERM; rate {lr:g}, {passes} passes", {"joint": passes}, lr=lr)
-    for lr, passes in GRID
 }
 for trials in TRIALS.values():
     METHODS |= trials

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tasks.reward.lora import AdaptedLinear, LoraExperts, attached
 from zoo.base_models import MINILM, AdaptedModel, without_dropout
+from zoo.moe.routers.base import require
 
 BERT, LLAMA = "encoder.layer", "layers"
 # Twice a rank of 16.
@@ -84,7 +85,9 @@ class Backbone(AdaptedModel):
     group_of: Mapping[str, int]
     groups: Mapping[str, Sequence[str]]
 
-    def __init__(self, base: str = MINILM, base_sha256: str | None = None, layers: int = 1) -> None:
+    def __init__(
+        self, base: str = MINILM, base_sha256: str | None = None, layers: int = 1, head_decay: float = 0.0
+    ) -> None:
         """Load the base and make its last layers ready for LoRA.
 
         Args:
@@ -92,13 +95,17 @@ class Backbone(AdaptedModel):
                 model with Llama's (Llama, Qwen2, Mistral, SmolLM2).
             base_sha256: What its weights must be; None allows any, and is filled in.
             layers: How many of its last layers are adapted; 0 is all.
+            head_decay: Weight of the squared length of each head that learns what people prefer, in its loss: a few
+                thousand pairs do not tell how much each of W numbers counts.
 
         Raises:
-            ValueError: It has other layers, or not so many.
+            ValueError: It has other layers, or not so many; the decay is negative.
             DataNotFoundError: The base is nowhere.
             CheckpointError: It has other weights.
         """
+        require(head_decay >= 0, "head_decay", head_decay, "must not be negative")
         super().__init__(base, base_sha256)
+        self.head_decay = head_decay
         self.encoder = without_dropout(self.load_base())
         self.of_the_base = dict(self.encoder.state_dict(keep_vars=True))
         names = {name for name, _ in self.encoder.named_modules()}

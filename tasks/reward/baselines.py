@@ -58,6 +58,7 @@ class LoraEnsemble(Backbone):
         base_sha256: str | None = None,
         layers: int = 1,
         rank: int = 16,
+        head_decay: float = 0.0,
     ) -> None:
         """Build the members.
 
@@ -69,6 +70,7 @@ class LoraEnsemble(Backbone):
             base_sha256: Likewise.
             layers: Last layers with LoRA; 0 is all.
             rank: Of each member.
+            head_decay: Of each member's head, see `Backbone`.
 
         Raises:
             UnknownNameError: There is no such reduction.
@@ -77,7 +79,7 @@ class LoraEnsemble(Backbone):
         if reduce not in REDUCTIONS:
             raise UnknownNameError("reduction of an ensemble", reduce, REDUCTIONS)
         require(members >= 1, "members", members, "must be at least 1")
-        super().__init__(base, base_sha256, layers)
+        super().__init__(base, base_sha256, layers, head_decay)
         self.members = members
         self.reduce = reduce
         self.penalty = penalty
@@ -114,6 +116,7 @@ class LoraEnsemble(Backbone):
         if torch.is_grad_enabled():
             self.centre += MOMENTUM * scores.detach().mean(0)
         loss = bradley_terry_loss(scores[:pairs], scores[pairs:]) * self.members
+        loss = loss + self.head_decay * self.experts.head.square().sum()
         rewards = reduce_members(scores, self.reduce, self.penalty)
         return loss, rewards[:pairs] > rewards[pairs:]
 
@@ -137,6 +140,7 @@ class ObjectiveModel(Backbone):
         rank: int = 16,
         gate_dim: int = 128,
         gate_decay: float = 0.0,
+        head_decay: float = 0.0,
     ) -> None:
         """Build the model.
 
@@ -150,6 +154,7 @@ class ObjectiveModel(Backbone):
             gate_dim: Hidden width of the gate.
             gate_decay: Weight of the squared weights of its last layer, which are zero at its start, in the loss of its
                 phase.
+            head_decay: Of the head for what people prefer, see `Backbone`.
 
         Raises:
             ValueError: There is no capability, the decay is negative or without a gate, or the base has other or fewer
@@ -157,7 +162,7 @@ class ObjectiveModel(Backbone):
         """
         require(len(capabilities) >= 1, "capabilities", capabilities, "needs at least one")
         require(gate_decay >= 0 and (gate or not gate_decay), "gate_decay", gate_decay, "is at least 0, and of a gate")
-        super().__init__(base, base_sha256, layers)
+        super().__init__(base, base_sha256, layers, head_decay)
         self.capabilities = capabilities
         self.capability_names = list(capabilities)
         self.gate = gate
@@ -239,5 +244,6 @@ class ObjectiveModel(Backbone):
                 self.units.follow(scores[:pairs].detach() - scores[pairs:].detach())
             # They share one LoRA, in which what people prefer weighs as much as all capabilities together.
             own = capability_loss(scores[:pairs, 1:], scores[pairs:, 1:], preferences)
+            loss = loss + self.head_decay * self.heads.weight[0].square().sum()
             loss = (loss + own / len(self.capabilities)) / 2
         return loss, rewards[:pairs] > rewards[pairs:]

@@ -222,6 +222,7 @@ class DMoERM(Backbone):
         aggregate_start: Literal["preference", "random"] = "preference",
         aggregate_decay: float = 0.0,
         router_dim: int = 128,
+        head_decay: float = 0.0,
     ) -> None:
         """Build the model on a frozen base.
 
@@ -247,6 +248,7 @@ class DMoERM(Backbone):
                 phase, so that few pairs of a rare kind move it less; how loud the expert of the preference is stays
                 free.
             router_dim: Hidden width of the router.
+            head_decay: Of the task models, see `Backbone`.
 
         Raises:
             UnknownNameError: There is no such aggregate or start.
@@ -271,7 +273,7 @@ class DMoERM(Backbone):
             require(held, "aggregate_decay", aggregate_decay, rule)
         require(len(groups) >= 1, "groups", groups, "needs at least one inner model")
         layers = 0 if 0 in (task_layers, capability_layers) else max(task_layers, capability_layers)
-        super().__init__(base, base_sha256, layers)
+        super().__init__(base, base_sha256, layers, head_decay)
         self.groups = groups
         self.capabilities = capabilities or []
         self.names = capability_names(self.capabilities, list(groups))
@@ -403,10 +405,11 @@ class DMoERM(Backbone):
             digest = self.digest(phase, inputs) if inputs.digest is None else inputs.digest
             rewards = self.by_group(inputs.groups, (digest,), lambda model, of: model.aggregated(*of)[:, 0])
         loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:])
-        if phase == AGGREGATE and self.aggregate_decay:
-            groups = inputs.groups.unique().tolist()
-            distances = [self.inner[number].distance() for number in groups]
-            loss = loss + self.aggregate_decay * torch.stack(distances).mean()
+        learning = [self.inner[number] for number in ([0] if phase == JOINT else inputs.groups.unique().tolist())]
+        if phase in (JOINT, TASK):
+            loss = loss + self.head_decay * torch.stack([model.task.head.square().sum() for model in learning]).mean()
+        elif self.aggregate_decay:
+            loss = loss + self.aggregate_decay * torch.stack([model.distance() for model in learning]).mean()
         return loss, rewards[:pairs] > rewards[pairs:]
 
     @torch.no_grad()

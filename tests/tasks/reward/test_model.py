@@ -500,6 +500,36 @@ def test_the_checkpoint_at_full_size_is_below_25_mb():
     assert 2 * (total + groups * 2 * experts * expert) < 25e6
 
 
+def test_heads_that_learn_what_people_prefer_are_held_to_zero(bases):
+    """By the squared length of each; those of capabilities are free."""
+    names, nothing = list(CAPABILITIES), torch.ones(3, 2, dtype=torch.int8)
+    kinds = {
+        "joint": lambda decay: DMoERM(GROUPS, names, bases["bert"], head_decay=decay),
+        "members": lambda decay: LoraEnsemble(3, base=bases["bert"], head_decay=decay),
+        "objectives": lambda decay: ObjectiveModel(names, base=bases["bert"], head_decay=decay),
+    }
+    for phase, make in kinds.items():
+        free, held = (stir(make(decay)).eval() for decay in (0.0, 0.3))
+        inputs = inputs_of(free, texts(), [0, 1, 1, 0, 1, 1])
+        losses = {
+            name: [model.phase_loss(name, inputs, nothing)[0].item() for model in (free, held)]
+            for name in ([phase, "task", "capability"] if phase == "joint" else [phase])
+        }
+        if phase == "joint":
+            first, second = (model.task.head.square().sum().item() for model in held.inner)
+            # A batch of one group holds that group's; one of both the mean.
+            expected = {"joint": 0.3 * first, "task": 0.3 * (first + second) / 2, "capability": 0.0}
+        elif phase == "members":
+            expected = {phase: 0.3 * held.experts.head.square().sum().item()}
+        else:
+            # What people prefer weighs half of it.
+            expected = {phase: 0.15 * held.heads.weight[0].square().sum().item()}
+        found = {name: after - before for name, (before, after) in losses.items()}
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6), phase
+    with pytest.raises(ValueError, match=r"head_decay=-0\.1: must not be negative"):
+        LoraEnsemble(2, base=bases["bert"], head_decay=-0.1)
+
+
 # --- baselines -------------------------------------------------------------------------------------------------------
 
 
