@@ -79,16 +79,17 @@ METHODS: dict[str, Method] = {
     "smora-k32": smora(32, rate_of="smora"),
 }
 # What is released, and what plain LoRA is worth after as many steps: at the rate that short trials chose; at the next
-# lower one that they had; and with dropout. Validation chooses between these.
+# lower one that they had; and there with dropout. Validation chooses between these.
 LONG, SLOW, DROPOUT, TIMES = "-long", "-slow", "-dropout", 3
 for name in ("lora-r64", "mola-even", "smora"):
     method = METHODS[name]
     long = replace(method, what=f"{method.what}; {TIMES} times as long", rate_of=name, times=TIMES)
+    slow = replace(long, what=f"{long.what}, at 0.3 of the rate", rate_share=0.3)
     dropped = {"lora_dropout" if method.method == "lora" else "dropout": 0.1}
     METHODS |= {
         name + LONG: long,
-        name + SLOW: replace(long, what=f"{long.what}, at 0.3 of the rate", rate_share=0.3),
-        name + DROPOUT: replace(long, what=f"{long.what}, dropout 0.1", adapter={**method.adapter, **dropped}),
+        name + SLOW: slow,
+        name + DROPOUT: replace(slow, what=f"{slow.what}, dropout 0.1", adapter={**method.adapter, **dropped}),
     }
 LONGER = (LONG, SLOW, DROPOUT)
 
@@ -147,9 +148,9 @@ PAIRS = (
     ("lora-r64-slow", "lora-r64-long"),
     ("smora-dropout", "lora-r64-dropout"),
     ("mola-even-dropout", "lora-r64-dropout"),
-    ("smora-dropout", "smora-long"),
-    ("mola-even-dropout", "mola-even-long"),
-    ("lora-r64-dropout", "lora-r64-long"),
+    ("smora-dropout", "smora-slow"),
+    ("mola-even-dropout", "mola-even-slow"),
+    ("lora-r64-dropout", "lora-r64-slow"),
 )
 # What the figure shows.
 SHOWN = ("lora-r8", "lora-r64", "moe-top1", "moe-top2", "mola-even", "smora")

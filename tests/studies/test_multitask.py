@@ -318,7 +318,7 @@ def test_what_is_released_learns_longer_than_its_table(arguments):
         dropped = METHODS[f"{name}-dropout"]
         key = "lora_dropout" if name == "lora-r64" else "dropout"
         assert dropped.adapter == {**short.adapter, key: 0.1}
-        assert replace(dropped, what="", adapter={}) == replace(long, what="", adapter={})
+        assert replace(dropped, what="", adapter={}) == replace(slow, what="", adapter={})
         assert study.steps_of(options, Run(f"{name}-long", 1e-3, 0)) == 3 * study.steps_of(options, Run(name, 1e-3, 0))
         assert study.steps_of(options, Run(f"{name}-long", 1e-3, 0, trial=True)) == options.trial_steps
 
