@@ -143,6 +143,8 @@ PAIRS = (
     ("smora-long", "smora"),
     ("smora-slow", "lora-r64-slow"),
     ("mola-even-slow", "lora-r64-slow"),
+    ("smora-slow", "lora-r64-long"),
+    ("mola-even-slow", "lora-r64-long"),
     ("smora-slow", "smora-long"),
     ("mola-even-slow", "mola-even-long"),
     ("lora-r64-slow", "lora-r64-long"),
