@@ -489,6 +489,8 @@ def table(rows: Mapping[str, Sequence[Row]], report: Report) -> list[Row]:
             losses = [mean_loss(row[TEST]) for row in of]
             line |= {"loss": float(np.mean(losses)), "loss std": float(np.std(losses, ddof=1)) if len(of) > 1 else 0.0}
             line |= {name: of[0][name] for name in ("lr", "steps", "parameters_trained", "parameters_active")}
+            if VAL in of[0]:
+                line["val_loss"] = float(np.mean([mean_loss(row[VAL]) for row in of]))
             line["train_seconds"] = float(np.mean([row["train_seconds"] for row in of]))
         explained = [value[0] for row in of for value in row[TEST].get("task_dependence", {}).values()]
         chance = [value[1] for row in of for value in row[TEST].get("task_dependence", {}).values()]

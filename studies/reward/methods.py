@@ -73,14 +73,13 @@ class Method:
     cached: bool = True
 
 
-# What learns alike: the rate, how much heads are held to zero, and how often a baseline sees each pair.
-RATE, HEAD_DECAY = 1e-3, 0.1
+# What learns alike: the rates of LoRAs and of heads, how much heads are held to zero, and how often a baseline sees
+# each pair.
+RATE, HEAD_RATE, HEAD_DECAY = 1e-3, 3e-3, 0.03
 PASSES = 2
 # Of DMoERM: epochs of each phase, the share of the pairs of which only the aggregation learns what people prefer, the
-# rate of that, which has few weights and starts from what is known, and how much it is held there. Inner models learn
-# their own kinds of tasks, so many times as fast, after one for all.
-EPOCHS = {"router": 3, "joint": 2, "task": 2, "capability": 2, "aggregate": 16}
-TASK_SPEED = 3
+# rate of that, which has few weights and starts from what is known, and how much it is held there.
+EPOCHS = {"router": 3, "task": 2, "capability": 2, "aggregate": 16}
 SHARE = 0.1
 LAST_RATE, DECAY = 2e-2, 0.03
 # Of the gate, which is drawn at random but for its last layer; it is held to its start as much.
@@ -114,7 +113,7 @@ def dmoerm(
     aggregation = {"aggregate": "score", "aggregate_dim": 0, "aggregate_decay": DECAY}
     experts = {"capabilities": CAPABILITIES, "share_capabilities": True, "capability_rank": CAPABILITY_RANK}
     chosen = {"groups": GROUPS, "head_decay": head_decay, **experts, **aggregation, **network}
-    rates = {"lr": lr, "phase_lr": {"task": TASK_SPEED * lr, "aggregate": last_lr}}
+    rates = {"lr": lr, "head_lr": HEAD_RATE, "phase_lr": {"aggregate": last_lr}}
     return Method(what, "dmoerm", chosen, counts, rates, {"aggregate_share": share})
 
 
@@ -129,7 +128,9 @@ def single(what: str, rank: int, lr: float = RATE, head_decay: float = HEAD_DECA
         data: Arguments of `StudyData`.
     """
     network = {"groups": ONE_GROUP, "task_rank": rank, "head_decay": head_decay}
-    return Method(what, "dmoerm", network, {"joint": PASSES}, {"lr": lr}, {"aggregate_share": 0.0, **data})
+    return Method(
+        what, "dmoerm", network, {"joint": PASSES}, {"lr": lr, "head_lr": HEAD_RATE}, {"aggregate_share": 0.0, **data}
+    )
 
 
 def ensemble(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> Method:
@@ -141,7 +142,9 @@ def ensemble(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> Met
         head_decay: Of its heads.
     """
     network = {"members": 5, "rank": MEMBER_RANK, "head_decay": head_decay}
-    return Method(what, "ensemble", network, {"members": PASSES}, {"lr": lr}, {"aggregate_share": 0.0})
+    return Method(
+        what, "ensemble", network, {"members": PASSES}, {"lr": lr, "head_lr": HEAD_RATE}, {"aggregate_share": 0.0}
+    )
 
 
 def objectives(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> Method:
@@ -153,7 +156,9 @@ def objectives(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> M
         head_decay: Of its heads.
     """
     network = {"capabilities": CAPABILITIES[1:], "rank": EQUAL_RANK, "head_decay": head_decay}
-    return Method(what, "objectives", network, {"objectives": PASSES}, {"lr": lr}, {"aggregate_share": 0.0})
+    return Method(
+        what, "objectives", network, {"objectives": PASSES}, {"lr": lr, "head_lr": HEAD_RATE}, {"aggregate_share": 0.0}
+    )
 
 
 def gate(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> Method:
@@ -166,7 +171,7 @@ def gate(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> Method:
     """
     plain = objectives(what, lr, head_decay)
     epochs = {"objectives": PASSES, "gate": GATE_EPOCHS}
-    rates = {"lr": lr, "phase_lr": {"gate": GATE_RATE}}
+    rates = {**plain.task, "phase_lr": {"gate": GATE_RATE}}
     network = {**plain.network, "gate": True, "gate_decay": DECAY}
     return replace(plain, network=network, epochs=epochs, task=rates, data={"aggregate_share": SHARE})
 
@@ -179,7 +184,7 @@ def flipped(method: Method, share: float) -> Method:
 def in_layers(what: str, layers: int) -> Method:
     """Capability LoRAs in so many last layers (0 is all), learned from few pairs, since every layer is slow."""
     changes = {"groups": ONE_GROUP, "capabilities": ["preference", "new_words"], "capability_layers": layers}
-    method = dmoerm(what, {"router": 0, "task": 0, "capability": 1, "aggregate": 2}, **changes)
+    method = dmoerm(what, {"router": 0, "task": 1, "capability": 1, "aggregate": 2}, **changes)
     return replace(method, data={**method.data, "learn": 1000}, sampled=True, cached=layers == 1)
 
 
@@ -211,7 +216,7 @@ METHODS: dict[str, Method] = {
     "mlp": dmoerm("an MLP combines its scores", last_lr=RATE, aggregate_dim=16, aggregate_decay=0.0),
     "random-start": dmoerm("its aggregation starts at random", aggregate_start="random", aggregate_decay=0.0),
     "one-group": dmoerm("one inner model with all experts, as large", {"router": 0}, groups=ONE_GROUP, task_rank=72),
-    "no-joint": dmoerm("its inner models learn from their own pairs alone", {"joint": 0, "task": 4}),
+    "joint": dmoerm("its inner models start from one that has learned from all pairs", {"joint": 2}),
     "single": single(f"one LoRA of rank {RANK}", RANK),
     "single-equal": single("one LoRA, as large as DMoERM", EQUAL_RANK),
     "objectives": objectives("one LoRA, as large, with a head for the preference and one for each capability"),
@@ -236,7 +241,7 @@ for name in FLIPPED:
     method, _, percent = name.partition("-flip")
     METHODS[name] = flipped(METHODS[method], int(percent) / 100)
 # What validation chooses from: the same rates and decays for all, four settings of each method.
-GRID = [(lr, decay) for lr in (RATE, 3e-4) for decay in (HEAD_DECAY, 0.01)]
+GRID = [(lr, decay) for lr in (RATE, 3e-4) for decay in (HEAD_DECAY, 0.003)]
 MAKERS = {
     "dmoerm": dmoerm,
     "single": partial(single, rank=RANK),
@@ -298,7 +303,7 @@ PAIRS = (
     ("dmoerm", "hidden"),
     ("dmoerm", "mlp"),
     ("dmoerm", "random-start"),
-    ("dmoerm", "no-joint"),
+    ("dmoerm", "joint"),
     *((f"dmoerm{end}", f"{name}{end}") for end in ("-flip25", "-flip40") for name in ROBUST[1:]),
     ("layers-2", "layers-1"),
     ("layers-all", "layers-1"),

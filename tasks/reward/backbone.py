@@ -328,6 +328,10 @@ class Backbone(AdaptedModel):
         """What a phase trains; nothing else is touched by it."""
         raise TypeError(f"{type(self).__name__} must define phase_parameters(phase).")
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What reads scores off states."""
+        return [module.head for module in self.modules() if isinstance(module, LoraExperts)]
+
     @property
     def reads_prompts(self) -> bool:
         """Whether `Inputs.prompts` matter."""

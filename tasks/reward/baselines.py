@@ -218,6 +218,10 @@ class ObjectiveModel(Backbone):
         # The experts' own head has no use where there are several.
         return [*self.experts.stacks.parameters(), *self.heads.parameters()]
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """One for each objective."""
+        return [self.heads.weight]
+
     def begin(self, phase: str) -> None:
         """Let the gate find scores alike."""
         if phase == GATE:

@@ -66,6 +66,7 @@ class RewardTask(MoETask):
         cache: str | None = None,
         lr: float = 1e-3,
         phase_lr: dict[str, float] | None = None,
+        head_lr: float | None = None,
         weight_decay: float = 0.0,
         warmup: float = 0.1,
     ) -> None:
@@ -81,6 +82,7 @@ class RewardTask(MoETask):
                 it in; about 0.2 MB a text. None computes it anew in every epoch.
             lr: Peak learning rate of AdamW, reached anew in each phase.
             phase_lr: Other rates for some phases.
+            head_lr: That of the heads of LoRAs in all phases; that of the LoRAs if left out.
             weight_decay: Its weight decay.
             warmup: Share of a phase's steps in which the rate rises.
 
@@ -97,6 +99,7 @@ class RewardTask(MoETask):
         self.epochs = epochs or {}
         self.rival_names = rivals or {}
         self.phase_lr = phase_lr or {}
+        self.head_lr = head_lr
         # Plain mappings, so that Lightning saves none of them.
         self.rivals: dict[str, Backbone] = {}
         self.store = StateStore(None if cache == MEMORY else Path(cache)) if cache else None
@@ -213,8 +216,14 @@ class RewardTask(MoETask):
 
     def configure_optimizers(self) -> Any:
         """AdamW over all that any phase trains; what a phase does not train gets no gradient, and is not touched."""
-        parameters = {id(p): p for phase in self.plan for p in self.model.phase_parameters(phase)}
-        return torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=self.weight_decay)
+        trained = {p for phase in self.plan for p in self.model.phase_parameters(phase)}
+        heads = set(self.model.head_parameters())
+        groups = [
+            {"params": [p for p in self.model.parameters() if p in trained & heads], "head_lr": self.head_lr},
+            {"params": [p for p in self.model.parameters() if p in trained - heads], "head_lr": None},
+        ]
+        used = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(used, lr=self.lr, weight_decay=self.weight_decay)
 
     def on_train_epoch_start(self) -> None:
         """Begin a phase, or go on with it; a trained model goes on from what it has."""
@@ -233,7 +242,7 @@ class RewardTask(MoETask):
         peak = self.phase_lr.get(self.phase, self.lr)
         factor = warmup_cosine(step, self.plan.count(self.phase) * batches, self.warmup)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
-            group["lr"] = peak * factor
+            group["lr"] = (peak if group["head_lr"] is None else group["head_lr"]) * factor
 
     def step(self, batch: Batch) -> StepOutput:
         """The phase's loss on training pairs, and which decisions were right."""

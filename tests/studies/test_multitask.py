@@ -332,6 +332,11 @@ def test_longer_runs_are_validated_and_may_be_slower(arguments, folder, tmp_path
     assert found["head_lr"] == short["head_lr"]
     assert found["val"]["tasks"].keys() == found["test"]["tasks"].keys()
     assert found["val"] != found["test"]
+    lines = {of["method"]: of for of in json.loads((tmp_path / "results.json").read_text())["test"]}
+    assert (
+        lines["smora-slow"]["val_loss"] == pytest.approx(study.mean_loss(found["val"])) != lines["smora-slow"]["loss"]
+    )
+    assert "val_loss" not in lines["smora"]
 
 
 @pytest.mark.parametrize(("alike", "said"), [(True, "did not pay"), (False, "paid")])

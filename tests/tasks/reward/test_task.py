@@ -146,6 +146,16 @@ def test_a_trained_model_goes_on_from_what_it_has(
     assert all(torch.equal(before[name], after[name]) for name in kept) and len(kept) < len(before)
 
 
+def test_heads_have_a_rate_of_their_own(base: str, trained: Path, own: Path, tmp_path: Path) -> None:
+    command = ["fit", "-c", "configs/reward/own.yaml", "--model.pretrained", str(trained / "checkpoint")]
+    command += ["--data.file", str(own), f"--data.base={base}", *SMALL, "--out", str(tmp_path)]
+    main([*command, *epochs(task=1, capability=1), "--model.lr=0", "--model.phase_lr={}", "--model.head_lr=1e-3"])
+    before, after = (zoo.load(folder / "checkpoint").state_dict() for folder in (trained, tmp_path))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    parameters = {name for name, _ in zoo.load(trained / "checkpoint").named_parameters()}
+    assert moved & parameters and all(name.endswith(".head") for name in moved & parameters)
+
+
 def test_a_router_finds_the_inner_models_of_pairs_without_a_category(
     trained: Path, own: Path, base: str, tmp_path: Path, capsys: Any
 ) -> None:
