@@ -4,7 +4,7 @@
     python -m studies.multitask.study                         run what is missing, then write the tables and the figure
     python -m studies.multitask.study --methods smora lora-r64 --seeds 0 1
     python -m studies.multitask.study --only table            only write them
-    python -m studies.multitask.study --release smora-long --seed 0 --commit COMMIT --out FOLDER   a run as a checkpoint
+    python -m studies.multitask.study --release smora-dropout --seed 0 --commit COMMIT --out FOLDER    a checkpoint
 
 Every (method, seed) is one JSON file in `results/`, every trial of a rate one in `trials/`; what has one is not run
 again. Rates are chosen by half of what is held out of four tasks; the other half is tested beside their test part.
