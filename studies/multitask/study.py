@@ -573,11 +573,13 @@ def release(options: argparse.Namespace) -> Path:
 
 
 def verdict(report: Report, method: str) -> str:
-    """Whether a mixture paid: how far it is above LoRA of as many ranks; nothing where that has not been run."""
-    twin = TWIN + next((longer for longer in LONGER if method.endswith(longer)), "")
-    if twin not in report.predictions or method == twin:
+    """Whether a mixture paid: how far it is above LoRA of as many ranks and steps, the best of its runs; "" without."""
+    ends = LONGER if method.endswith(LONGER) else ("",)
+    twins = [TWIN + end for end in ends if TWIN + end in report.predictions]
+    if not twins or method in twins:
         return ""
     key = AVERAGE_GLUE if AVERAGE_GLUE in report.metric_names() else AVERAGE
+    twin = max(twins, key=lambda name: report.values(name, key).mean())
     found = report.difference(method, twin, key)
     paid, seeds = "paid" if found.low > 0 else "did not pay", len(report.values(method, key))
     return (

@@ -351,6 +351,10 @@ def test_a_verdict_is_about_plain_lora(folder, arguments, monkeypatch, alike, sa
     report.predictions["smora-long"], report.predictions["lora-r64-long"] = right, right if alike else wrong
     found = study.verdict(report, "smora-long")
     assert METHODS["lora-r64-long"].what in found and found.endswith(f"the mixture {said}.")
+    # The best of LoRA's longer runs counts, whatever it differs in.
+    report.predictions["lora-r64-slow"] = right
+    found = study.verdict(report, "smora-long")
+    assert found.endswith("the mixture did not pay.") and (METHODS["lora-r64-slow"].what in found) != alike
 
 
 # Ranks by which alpha is divided, where they are not 8; of a single gate a quarter as many.
