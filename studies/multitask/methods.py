@@ -150,6 +150,7 @@ PAIRS = (
     ("lora-r64-slow", "lora-r64-long"),
     ("smora-dropout", "lora-r64-dropout"),
     ("mola-even-dropout", "lora-r64-dropout"),
+    ("smora-dropout", "lora-r64-long"),
     ("smora-dropout", "smora-slow"),
     ("mola-even-dropout", "mola-even-slow"),
     ("lora-r64-dropout", "lora-r64-slow"),

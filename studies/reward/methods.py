@@ -124,7 +124,7 @@ def single(what: str, rank: int, lr: float = RATE, head_decay: float = HEAD_DECA
         what: In words.
         rank: Of the LoRA.
         lr: Learning rate.
-        head_decay: Of its heads.
+        head_decay: Of its head.
         data: Arguments of `StudyData`.
     """
     network = {"groups": ONE_GROUP, "task_rank": rank, "head_decay": head_decay}
@@ -139,7 +139,7 @@ def ensemble(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> Met
     Args:
         what: In words.
         lr: Learning rate.
-        head_decay: Of its heads.
+        head_decay: Of its members' heads.
     """
     network = {"members": 5, "rank": MEMBER_RANK, "head_decay": head_decay}
     return Method(
@@ -153,7 +153,7 @@ def objectives(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> M
     Args:
         what: In words.
         lr: Learning rate.
-        head_decay: Of its heads.
+        head_decay: Of the head for the preference.
     """
     network = {"capabilities": CAPABILITIES[1:], "rank": EQUAL_RANK, "head_decay": head_decay}
     return Method(
@@ -167,7 +167,7 @@ def gate(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> Method:
     Args:
         what: In words.
         lr: Learning rate.
-        head_decay: Of its heads.
+        head_decay: Of the head for the preference.
     """
     plain = objectives(what, lr, head_decay)
     epochs = {"objectives": PASSES, "gate": GATE_EPOCHS}
