@@ -51,7 +51,7 @@ class Texts:
         """Rewards, or the scores of an ensemble's members, `(B, N)`."""
         mask = torch.ones_like(self.ids, dtype=torch.bool)
         hidden = model.prefix(self.ids, mask, torch.zeros_like(self.ids))
-        prompts = hidden.new_zeros(len(hidden), model.dim)
+        prompts = hidden.new_zeros(len(hidden), model.prompt_width)
         if model.reads_prompts:
             real = torch.ones_like(self.prompts, dtype=torch.bool)
             prompts = model.read_prompts(self.prompts, real).repeat(2, 1)

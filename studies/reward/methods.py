@@ -81,7 +81,7 @@ PASSES = 2
 # rate of that, which has few weights and starts from what is known, and how much it is held there.
 EPOCHS = {"router": 3, "task": 2, "capability": 2, "aggregate": 16}
 SHARE = 0.1
-LAST_RATE, DECAY = 2e-2, 0.03
+LAST_RATE, DECAY = 5e-2, 0.06
 # Of the gate, which is drawn at random but for its last layer; it is held to its start as much.
 GATE_RATE, GATE_EPOCHS = 1e-3, 4
 RANK, CAPABILITY_RANK = 16, 8

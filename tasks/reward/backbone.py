@@ -9,6 +9,7 @@ tokens need not pass through one, and means of what is frozen cost nothing.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from zoo.moe.routers.base import require
 BERT, LLAMA = "encoder.layer", "layers"
 # Twice a rank of 16.
 ALPHA = 32.0
+# At how many depths of the base routers and gates read a prompt.
+PROMPT_DEPTHS = 4
 
 # Texts as inner models read them: `hidden`, `mask` and `means` of `Inputs`, or of some of its rows.
 Streams = tuple[Tensor, Tensor, Tensor]
@@ -34,7 +37,7 @@ class Inputs:
         hidden: `(B, L, D)` float32 states that enter the first adapted layer.
         mask: `(B, L)` bool, false is padding.
         means: `(B, 2 D)` float32, `pool_states` of them.
-        prompts: `(B, D)` float32, `Backbone.read_prompts` of their prompts.
+        prompts: `(B, P)` float32, `Backbone.read_prompts` of their prompts.
         groups: `(B,)` int64, the inner model of each text's category; -1 where it is not known.
         digest: `(B, X)`, what `Backbone.digest` makes of the texts, which are not read again then.
     """
@@ -122,6 +125,10 @@ class Backbone(AdaptedModel):
         self.dim = int(self.encoder.config.hidden_size)
         # What a head reads, see `split_read`.
         self.width = 3 * self.dim
+        # The embeddings are depth 0.
+        depths = torch.linspace(0, self.depth, PROMPT_DEPTHS).round().int().tolist()
+        self.prompt_depths = tuple(dict.fromkeys(depths))
+        self.prompt_width = len(self.prompt_depths) * self.dim
         self.first = self.first_of(layers)
         # A plain mapping: the modules belong to the encoder.
         self.adapted = {
@@ -262,22 +269,26 @@ class Backbone(AdaptedModel):
 
     @torch.no_grad()
     def read_prompts(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """What a router reads: the mean of the base's last states over a prompt's tokens, normalised.
+        """What a router reads: means over a prompt's tokens of the base's states at several depths, normalised.
+
+        What a prompt is about is in the last ones, how it is written in the first.
 
         Args:
             input_ids: `(B, L)` int64, prompts alone.
             mask: `(B, L)` bool.
 
         Returns:
-            `(B, D)` float32 of mean 0 and variance 1.
+            `(B, P)` float32, P = `prompt_width`; those of each depth have mean 0 and variance 1.
         """
         mask = mask.bool()
-        hidden = self.run(self.embed(input_ids, torch.zeros_like(input_ids)), mask, range(self.depth))
-        if self.kind == LLAMA:
-            hidden = self.encoder.norm(hidden)
-        hidden = hidden.float()
-        mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return nn.functional.layer_norm(mean, mean.shape[-1:])
+        hidden = self.embed(input_ids, torch.zeros_like(input_ids))
+        means = []
+        for start, depth in pairwise([0, *self.prompt_depths]):
+            hidden = self.run(hidden, mask, range(start, depth))
+            read = self.encoder.norm(hidden) if self.kind == LLAMA and depth == self.depth else hidden
+            mean = (read.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            means.append(nn.functional.layer_norm(mean, mean.shape[-1:]))
+        return torch.cat(means, dim=1)
 
     # --- what a reward model adds ---------------------------------------------------------------------------------
 
@@ -300,7 +311,7 @@ class Backbone(AdaptedModel):
         """
         unknown = torch.full((len(input_ids),), -1, device=input_ids.device)
         hidden = self.prefix(input_ids, mask.bool(), type_ids)
-        prompts = hidden.new_zeros(len(hidden), self.dim)
+        prompts = hidden.new_zeros(len(hidden), self.prompt_width)
         if self.reads_prompts:
             prompts = self.read_prompts(prompt_ids, prompt_mask)
         means = pool_states(hidden, mask.bool(), type_ids)

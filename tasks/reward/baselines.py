@@ -138,7 +138,7 @@ class ObjectiveModel(Backbone):
         base_sha256: str | None = None,
         layers: int = 1,
         rank: int = 16,
-        gate_dim: int = 128,
+        gate_dim: int = 32,
         gate_decay: float = 0.0,
         head_decay: float = 0.0,
     ) -> None:
@@ -181,7 +181,7 @@ class ObjectiveModel(Backbone):
             nn.init.zeros_(last.bias)
             with torch.no_grad():
                 last.bias[0] = math.log(START / (1 - START) * len(capabilities))
-            self.gating = nn.Sequential(nn.Linear(self.dim, gate_dim), nn.GELU(), last)
+            self.gating = nn.Sequential(nn.Linear(self.prompt_width, gate_dim), nn.GELU(), last)
         self.groups, self.group_of = {"all": []}, {}
         self.complete()
 
@@ -238,7 +238,7 @@ class ObjectiveModel(Backbone):
         if inputs.digest is None:
             scores, prompts = self.objective_scores(inputs), inputs.prompts
         else:
-            scores, prompts = inputs.digest.split([1 + len(self.capabilities), self.dim], dim=1)
+            scores, prompts = inputs.digest.split([1 + len(self.capabilities), self.prompt_width], dim=1)
         rewards = self.combine(scores, prompts) if phase == GATE else scores[:, 0]
         loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:])
         if phase == GATE and self.gating is not None:

@@ -221,7 +221,7 @@ class DMoERM(Backbone):
         aggregate_dim: int = 64,
         aggregate_start: Literal["preference", "random"] = "preference",
         aggregate_decay: float = 0.0,
-        router_dim: int = 128,
+        router_dim: int = 32,
         head_decay: float = 0.0,
     ) -> None:
         """Build the model on a frozen base.
@@ -291,7 +291,7 @@ class DMoERM(Backbone):
         self.aggregate_decay = aggregate_decay
         self.router_dim = router_dim
         self.group_of = stack_names(groups)
-        self.prompt_body = nn.Sequential(nn.Linear(self.dim, router_dim), nn.GELU())
+        self.prompt_body = nn.Sequential(nn.Linear(self.prompt_width, router_dim), nn.GELU())
         self.shared: LoraExperts | None = None
         if share_capabilities:
             count = len(self.capability_names)
@@ -321,7 +321,7 @@ class DMoERM(Backbone):
         return list(self.outer.experts.experts)  # type: ignore[arg-type]
 
     def route(self, prompts: Tensor) -> Tensor:
-        """The router's logits `(B, G)` of what `read_prompts` gives, `(B, D)`."""
+        """The router's logits `(B, G)` of what `read_prompts` gives, `(B, P)`."""
         logits: Tensor = self.outer.router(self.prompt_body(prompts)).router_logits
         return logits
 

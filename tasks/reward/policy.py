@@ -239,7 +239,7 @@ def rate(
 
 
 def read_prompts(models: Sequence[Backbone], dataset: CandidateDataset, places: Sequence[int]) -> Tensor:
-    """What the routers of some models read, `(B, D)`: each prompt once; zeros if none of them reads it.
+    """What the routers of some models read, `(B, P)`: each prompt once; zeros if none of them reads it.
 
     Args:
         models: On the same base.
@@ -248,7 +248,7 @@ def read_prompts(models: Sequence[Backbone], dataset: CandidateDataset, places: 
     """
     reader = next((model for model in models if model.reads_prompts), None)
     if reader is None:
-        return torch.zeros(len(places), models[0].dim)
+        return torch.zeros(len(places), models[0].prompt_width)
     different, which = np.unique(places, return_inverse=True)
     ids, mask, _ = pad([dataset.prompts[place] for place in different], dataset.pad_id)
     return reader.read_prompts(ids, mask)[torch.from_numpy(which)]

@@ -103,8 +103,8 @@ class RewardTask(MoETask):
         # Plain mappings, so that Lightning saves none of them.
         self.rivals: dict[str, Backbone] = {}
         self.store = StateStore(None if cache == MEMORY else Path(cache)) if cache else None
-        # Names of what is kept, by the base's weights, the layer that is entered (None of prompts), and the texts.
-        self.state_names: dict[tuple[str, int | None, TextDataset], list[str]] = {}
+        # Names of what is kept, by the base's weights, the layer that is entered (of prompts, depths), and the texts.
+        self.state_names: dict[tuple[str, int | tuple[int, ...], TextDataset], list[str]] = {}
         # Of the current phase, by text and inner model.
         self.digests: dict[tuple[int, int], Tensor] = {}
         # Of a test, by the model's name: `(2, n)` rewards of chosen and rejected answers.
@@ -294,7 +294,7 @@ class RewardTask(MoETask):
         if model.reads_prompts:
             prompts = self.prompt_states(model, batch, dataset).repeat(copies, 1)
         else:
-            prompts = hidden.new_zeros(len(batch.texts), model.dim)
+            prompts = hidden.new_zeros(len(batch.texts), model.prompt_width)
         return Inputs(hidden, batch.mask, pool_states(hidden, batch.mask, batch.type_ids), prompts, groups)
 
     def states(self, model: Backbone, batch: Batch, dataset: TextDataset) -> Tensor:
@@ -306,11 +306,11 @@ class RewardTask(MoETask):
         return self.store.get(names, lengths, model.dim).to(batch.mask.device)
 
     def prompt_states(self, model: Backbone, batch: Batch, dataset: TextDataset) -> Tensor:
-        """What a router reads, `(P, D)`."""
+        """What a router reads of P prompts, see `Backbone.read_prompts`."""
         if self.store is None:
             return model.read_prompts(batch.prompt_ids, batch.prompt_mask)
         names = self.kept(self.store, model, dataset, batch.prompts, of_prompts=True)
-        return self.store.get(names, [1] * len(names), model.dim)[:, 0].to(batch.mask.device)
+        return self.store.get(names, [1] * len(names), model.prompt_width)[:, 0].to(batch.mask.device)
 
     @torch.no_grad()
     def kept(
@@ -325,10 +325,10 @@ class RewardTask(MoETask):
             places: Theirs there.
             of_prompts: Whether prompts are meant, of which one state each is kept.
         """
-        tokens, first = (dataset.prompts, None) if of_prompts else (dataset.texts, model.first)
-        key = (model.base_sha256, first, dataset)
+        tokens, depth = (dataset.prompts, model.prompt_depths) if of_prompts else (dataset.texts, model.first)
+        key = (model.base_sha256, depth, dataset)
         if key not in self.state_names:
-            self.state_names[key] = [fingerprint(model.base_sha256, first, one.ids, one.types) for one in tokens]
+            self.state_names[key] = [fingerprint(model.base_sha256, depth, one.ids, one.types) for one in tokens]
         names = self.state_names[key]
         if missing := [place for place in dict.fromkeys(places) if not store.has(names[place])]:
             device = next(model.parameters()).device

@@ -232,7 +232,7 @@ def test_a_regression_finds_what_a_group_goes_by():
 
 def test_rows_tell_defaults_too(folder):
     found = row(folder, "dmoerm.seed0")["setting"]
-    assert found["network"]["router_dim"] == 128 and found["data"]["max_length"] == 256 and found["task"]["lr"]
+    assert found["network"]["router_dim"] == 32 and found["data"]["max_length"] == 256 and found["task"]["lr"]
     assert "source" not in found["data"] and "seed" not in found["data"]
 
 
@@ -318,7 +318,7 @@ def size(dim=384, hidden=1536, name="dmoerm"):
     experts = len([name for name in names if name != PREFERENCE_ITSELF])
     known = experts * lora(network.get("capability_rank", 8))
     inner = lora(network.get("task_rank", 16)) + len(names)
-    router = dim * 128 + 128 + 128 * groups if groups > 1 else 0
+    router = 4 * dim * 32 + 32 + 32 * groups if groups > 1 else 0
     return groups * inner + (1 if network.get("share_capabilities") else groups) * known + router
 
 

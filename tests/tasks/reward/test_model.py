@@ -130,10 +130,12 @@ def test_an_untrained_model_is_its_base_and_reads_prompts_as_it_does(bases, kind
             for state in inner.states(inputs.streams)[..., : model.dim].unbind(1):
                 torch.testing.assert_close(state, expected, atol=1e-5, rtol=1e-4)
         base = load_encoder(bases[kind])
-        states = base(input_ids=found["prompt_ids"], attention_mask=found["prompt_mask"].long()).last_hidden_state
-    mean = states.mean(1)
-    normal = (mean - mean.mean(1, keepdim=True)) / (mean.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(inputs.prompts, normal, atol=1e-4, rtol=1e-4)
+        asked = {"input_ids": found["prompt_ids"], "attention_mask": found["prompt_mask"].long()}
+        depths = base(**asked, output_hidden_states=True).hidden_states
+    assert model.prompt_depths == (0, 1, 2, 3) and len(depths) == 4
+    means = [states.mean(1) for states in depths]
+    normal = [(of - of.mean(1, keepdim=True)) / (of.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() for of in means]
+    torch.testing.assert_close(inputs.prompts, torch.cat(normal, dim=1), atol=1e-4, rtol=1e-4)
 
 
 def test_means_are_those_of_a_loop_over_texts(bases):
