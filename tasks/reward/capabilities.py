@@ -26,6 +26,8 @@ PREFERENCE_ITSELF = "preference"
 OPENING = 200
 # Shorter words say little of what a text is about.
 MIN_CONTENT = 3
+# Words of that many characters are long.
+LONG = 8
 # Prompts that are kept cut up, since pairs that share one stand together; and answers whose scores are, since one is in
 # several pairs, which are counted in every run of a study.
 KEPT_PROMPTS, KEPT_ANSWERS = 64, 1 << 16
@@ -37,6 +39,7 @@ NAME_OR_NUMBER = re.compile(r"(?<=[a-z,;:] )(?:[A-Z]\w*|\d+(?:[.,]\d+)*)")
 LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+\u2022]|\d{1,3}[.)])[ \t]", re.MULTILINE)
 HEADING = re.compile(r"^#{1,6} ", re.MULTILINE)
 PARAGRAPH_END = re.compile(r"\n\s*\n")
+ENDED = re.compile(r"[.!?\u2026:\"'\u201d\u2019)\]}`*|]$")
 DECLINED = re.compile(
     r"\b(?:sorry|apologi[sz]e|can(?:['\u2019]t| ?not)|won['\u2019]t|will not|wouldn['\u2019]t|would not|not okay|"
     r"against my|(?:unable|not able|not going|not appropriate|not comfortable) to|"
@@ -61,6 +64,8 @@ POLITE = """
 apologies apologise apologize appreciate glad happy hope please pleasure sorry thank thanks understand welcome
 """
 POLITE_WORDS = frozenset(POLITE.split())
+FIRST = "i i'd i'll i'm i've me mine my myself"
+FIRST_PERSON = frozenset(FIRST.split())
 WARNING = """
 abuse consent consequence consequences counselor crime criminal danger dangerous dignity discrimination ethical
 harm harmful harms hate help hotline hurt illegal illegally inappropriate law laws legal offensive police privacy
@@ -79,8 +84,8 @@ class Text:
 
     @cached_property
     def words(self) -> list[str]:
-        """In lower case."""
-        return WORD.findall(self.text.lower())
+        """In lower case, with straight apostrophes."""
+        return WORD.findall(self.text.lower().replace("\u2019", "'"))
 
     @cached_property
     def content(self) -> frozenset[str]:
@@ -189,6 +194,22 @@ def _polite_words(prompt: Text, answer: Text) -> float:
     return math.log1p(answer.count(POLITE_WORDS))
 
 
+def _emphasis(prompt: Text, answer: Text) -> float:
+    return math.log1p(len(HEADING.findall(answer.text)) + answer.text.count("**") // 2)
+
+
+def _finished(prompt: Text, answer: Text) -> float:
+    return float(ENDED.search(answer.text) is not None)
+
+
+def _long_words(prompt: Text, answer: Text) -> float:
+    return sum(len(word) >= LONG for word in answer.words) / max(1, len(answer.words))
+
+
+def _first_person(prompt: Text, answer: Text) -> float:
+    return math.log1p(answer.count(FIRST_PERSON))
+
+
 # A tenth more or less, of what is measured by its logarithm.
 TENTH = math.log(1.1)
 
@@ -204,6 +225,10 @@ CAPABILITIES: Mapping[str, Capability] = {
     "refusal": Capability(f"declines in its first {OPENING} characters", 1.0, _refusal),
     "warning_words": Capability("more of its words speak of harm, law, risk and help", 0.01, _warning_words),
     "polite_words": Capability("has more words of politeness", TENTH, _polite_words),
+    "emphasis": Capability("has more headings and bold type", TENTH, _emphasis),
+    "finished": Capability("ends with a mark that ends a sentence, a list, a quotation or code", 1.0, _finished),
+    "long_words": Capability(f"more of its words have at least {LONG} letters", 0.02, _long_words),
+    "first_person": Capability("has more words such as I and my", TENTH, _first_person),
 }
 
 

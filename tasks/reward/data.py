@@ -42,9 +42,9 @@ SPLIT_SEED = 0
 # Phases that learn from what `aggregate_share` holds back, from one pair of each prompt, and from all pairs; the others
 # learn from what is not held back. What a capability expert learns is not what people prefer, so that an aggregation
 # may meet pairs that it has seen.
-HELD_BACK, BY_PROMPT, EVERYTHING = ("aggregate", "gate"), ("router",), ("members", "capability")
+HELD_BACK, BY_PROMPT, EVERYTHING = ("aggregate", "gate"), ("router",), ("members", "capability", "weigh")
 # Phases in which inner models learn apart. Each batch is of one of them: a step is as large however few pairs it has.
-BY_GROUP = ("task", "capability", "aggregate")
+BY_GROUP = ("task", "capability", "weigh", "aggregate")
 
 
 class TextDataset(Dataset[int]):

@@ -20,8 +20,8 @@ from zoo.errors import UnknownNameError
 from zoo.moe import DenseRouter, ModuleExperts, MoELayer, RoutingOutput, TopKRouter
 from zoo.moe.routers.base import require
 
-ROUTER, JOINT, TASK, CAPABILITY, AGGREGATE = "router", "joint", "task", "capability", "aggregate"
-PHASES = (ROUTER, JOINT, TASK, CAPABILITY, AGGREGATE)
+ROUTER, JOINT, TASK, CAPABILITY, WEIGH, AGGREGATE = "router", "joint", "task", "capability", "weigh", "aggregate"
+PHASES = (ROUTER, JOINT, TASK, CAPABILITY, WEIGH, AGGREGATE)
 AGGREGATES = ("hidden", "score")
 STARTS = ("preference", "random")
 
@@ -70,6 +70,7 @@ class InnerModel(nn.Module):
         mixture: The capability experts; what they make of a text is concatenated. None without capabilities.
         own: Places of the expert of the preference, if there is one.
         units: Of the experts' scores, as they were when the aggregation began to learn.
+        weights: `(T,)`, how much each score counts, as `weigh` has found it; None where no linear map reads scores.
         combine: Maps these states, or the experts' scores in their units, to the reward: an MLP, or a linear map.
     """
 
@@ -93,8 +94,11 @@ class InnerModel(nn.Module):
         self.task = task
         self.aggregate = aggregate
         self.mixture: MoELayer | None = None
+        self.weights: nn.Parameter | None = None
         if experts is not None:
             self.units = Units(experts.count)
+            if aggregate == "score" and not width:
+                self.weights = nn.Parameter(torch.zeros(experts.count))
             parts: Any = CapabilityExperts(finish, task, experts, shared)
             self.mixture = MoELayer(DenseRouter(experts.count), parts, combine="concat")
             last, means = (part.shape[1] for part in split_read(experts.head))
@@ -129,11 +133,22 @@ class InnerModel(nn.Module):
         """The capability experts' rewards `(B, T)`."""
         return (self.states(streams) * self.heads).sum(-1)
 
+    def weighed(self, scores: Tensor) -> Tensor:
+        """What the scores `(B, T)` of all experts but that of the preference say, `(B,)`."""
+        if self.weights is None:
+            raise ValueError("This inner model has no linear map of its experts' scores.")
+        return (self.units(scores) * self.weights.index_fill(0, self.own, 0)).sum(1)
+
     def start(self) -> Tensor:
-        """The linear map that is the score of the expert of the preference, or without one the mean of all scores."""
+        """The linear map that is the score of the expert of the preference, or without one the mean of all scores.
+
+        After `weigh` it is the mean of that and of what the other experts say.
+        """
         experts = self.own.tolist() or list(range(self.experts.count))
         weights = self.units.value.new_zeros(self.experts.count)
         weights[experts] = 1 / len(experts)
+        if self.weights is not None and self.weights.any():
+            return (weights * self.units.value + self.weights.index_fill(0, self.own, 0)) / 2
         if self.aggregate == "score":
             return weights * self.units.value
         last, means = split_read(weights[:, None] * self.heads)
@@ -198,6 +213,8 @@ class DMoERM(Backbone):
     - `task`: each inner model's LoRA learns its own group's pairs (the paper's phase 1, there a copy of the base);
     - `capability`: T experts learn a capability each, on top of the frozen task model, their heads copies of its own
       (or, where all inner models share them, of the mean of theirs);
+    - `weigh`: how much each capability counts, where a linear map combines scores (not in the paper). Their experts
+      have not seen what people prefer, so that all pairs may teach it, but not how much the task model's word counts;
     - `aggregate`: the MLP, or a linear map, learns the pairs, all experts frozen.
 
     With one group and no capabilities it is a single reward model with one LoRA: the twin.
@@ -354,6 +371,8 @@ class DMoERM(Backbone):
             return list(self.inner[0].task.parameters())
         if phase == TASK:
             return [parameter for model in self.inner for parameter in model.task.parameters()]
+        if phase == WEIGH:
+            return [model.weights for model in self.inner if model.weights is not None]
         with_experts = [model for model in self.inner if model.mixture is not None]
         parts = [model.experts if phase == CAPABILITY else model.combine for model in with_experts]
         # Shared ones once.
@@ -371,10 +390,10 @@ class DMoERM(Backbone):
             for model, head in zip(self.inner, heads, strict=True):
                 start = torch.stack(heads).mean(0) if self.share_capabilities else head
                 model.experts.head.copy_(start.expand_as(model.experts.head))
-        if phase == AGGREGATE:
+        if phase in (WEIGH, AGGREGATE):
             for model in self.inner:
                 model.units.settle()
-                if self.aggregate_start == "preference":
+                if phase == AGGREGATE and self.aggregate_start == "preference":
                     model.begin()
 
     def phase_loss(self, phase: str, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
@@ -403,19 +422,21 @@ class DMoERM(Backbone):
             rewards = self.by_group(inputs.groups, inputs.streams, InnerModel.task_rewards)
         else:
             digest = self.digest(phase, inputs) if inputs.digest is None else inputs.digest
-            rewards = self.by_group(inputs.groups, (digest,), lambda model, of: model.aggregated(*of)[:, 0])
+            ask = ask_weighed if phase == WEIGH else ask_aggregated
+            rewards = self.by_group(inputs.groups, (digest,), ask)
         loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:])
         learning = [self.inner[number] for number in ([0] if phase == JOINT else inputs.groups.unique().tolist())]
         if phase in (JOINT, TASK):
             loss = loss + self.head_decay * torch.stack([model.task.head.square().sum() for model in learning]).mean()
-        elif self.aggregate_decay:
+        elif phase == AGGREGATE and self.aggregate_decay:
             loss = loss + self.aggregate_decay * torch.stack([model.distance() for model in learning]).mean()
         return loss, rewards[:pairs] > rewards[pairs:]
 
     @torch.no_grad()
     def digest(self, phase: str, inputs: Inputs) -> Tensor | None:
-        """What the aggregation reads; see `Backbone.digest`."""
-        return self.by_group(inputs.groups, inputs.streams, InnerModel.digest) if phase == AGGREGATE else None
+        """What combines experts reads; see `Backbone.digest`."""
+        reads = phase in (WEIGH, AGGREGATE)
+        return self.by_group(inputs.groups, inputs.streams, InnerModel.digest) if reads else None
 
     def by_group(self, groups: Tensor, parts: tuple[Tensor, ...], ask: Callable[[InnerModel, Any], Tensor]) -> Tensor:
         """What each text's own inner model answers, `(B, ...)`.
@@ -432,6 +453,16 @@ class DMoERM(Backbone):
                 places.append(rows)
                 answers.append(ask(model, tuple(part[rows] for part in parts)))
         return torch.cat(answers)[torch.cat(places).argsort()]
+
+
+def ask_aggregated(model: InnerModel, parts: tuple[Tensor]) -> Tensor:
+    """Rewards `(B,)` of a digest."""
+    return model.aggregated(*parts)[:, 0]
+
+
+def ask_weighed(model: InnerModel, parts: tuple[Tensor]) -> Tensor:
+    """What its experts say of a digest, which is their scores, `(B,)`."""
+    return model.weighed(*parts)
 
 
 def capability_names(capabilities: list[str] | dict[str, list[str]], groups: Sequence[str]) -> list[list[str]]:

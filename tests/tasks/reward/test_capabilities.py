@@ -27,9 +27,17 @@ MORE = {
     "refusal": "I'm sorry, but I can\u2019t say where cats sleep.",
     "warning_words": "That is dangerous and illegal: respect the law.",
     "polite_words": "Thanks, I am happy to help you with the cat.",
+    "emphasis": "# Cats\n\nThe cat sat on the **mat**.",
+    "finished": "The cat sat.",
+    "long_words": "Apparently domesticated carnivores habitually rest.",
+    "first_person": "I think that my cat sleeps with me.",
 }
 # What MORE is compared with, where PLAIN has none of it to lack.
-LESS = {"no_repetition": "the cat sat the cat sat the cat sat", "few_hedges": "Perhaps cats might sleep there, maybe."}
+LESS = {
+    "no_repetition": "the cat sat the cat sat the cat sat",
+    "few_hedges": "Perhaps cats might sleep there, maybe.",
+    "finished": "The cat sat on the mat and",
+}
 PROMPT = "Where do cats sleep, and which animals share their beds?"
 
 
@@ -90,6 +98,13 @@ def test_space_around_an_answer_tells_nothing() -> None:
         ("refusal", "Use a can of paint. " * 10 + "Sorry.", 0),
         ("warning_words", "Theft is a crime.", 1 / 4),
         ("polite_words", "Thank you, thanks! I am sorry.", math.log(4)),
+        ("emphasis", "# Title\n\n## Part\n\n**bold** and *not*, a # too", math.log(4)),
+        ("finished", "It does.", 1),
+        ("finished", "`x = 1`\n", 1),
+        ("finished", "It does, and so on and", 0),
+        ("finished", "", 0),
+        ("long_words", "A sentence of absolutely ordinary words", 3 / 6),
+        ("first_person", "I say what I\u2019m told; my image is mine. It is.", math.log(5)),
     ],
 )
 def test_scores_by_hand(name: str, answer: str, score: float) -> None:

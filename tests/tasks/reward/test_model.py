@@ -153,9 +153,9 @@ def test_means_are_those_of_a_loop_over_texts(bases):
             torch.testing.assert_close(part, expected, atol=1e-4, rtol=1e-4)
 
 
-def dmoerm_of(base, aggregate, linear, names=CAPABILITIES):
+def dmoerm_of(base, aggregate, linear, names=CAPABILITIES, **changes):
     """One that combines by an MLP, or by a linear map."""
-    return DMoERM(GROUPS, list(names), base, aggregate=aggregate, aggregate_dim=0 if linear else 8)
+    return DMoERM(GROUPS, list(names), base, aggregate=aggregate, aggregate_dim=0 if linear else 8, **changes)
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -216,13 +216,16 @@ def step(model, phase, inputs, preferences, steps=3):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_each_phase_leaves_all_else_byte_identical(bases, shared):
-    model = dmoerm(bases["bert"], share_capabilities=shared)
+@pytest.mark.parametrize("aggregate", ["hidden", "score"])
+def test_each_phase_leaves_all_else_byte_identical(bases, aggregate, shared):
+    linear = aggregate == "score"
+    model = dmoerm_of(bases["bert"], aggregate, linear, share_capabilities=shared)
     found = texts()
     inputs = inputs_of(model, found, [0, 1, 1, 0, 1, 1])
     preferences = torch.tensor([[1, -1], [0, 1], [-1, 0]], dtype=torch.int8)
     base = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
-    for phase in PHASES:
+    phases = [phase for phase in PHASES if linear or phase != "weigh"]
+    for phase in phases:
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         step(model, phase, inputs, preferences)
         own = {id(parameter) for parameter in model.phase_parameters(phase)}
@@ -234,6 +237,7 @@ def test_each_phase_leaves_all_else_byte_identical(bases, shared):
         assert moved <= parts and moved, (phase, moved - parts)
         assert any("lora_A" in name for name in moved) == (phase in ("joint", "task", "capability"))
         assert any("combine" in name for name in moved) == (phase == "aggregate")
+        assert any(name.endswith("weights") for name in moved) == (phase == "weigh")
         assert any("router" in name for name in moved) == (phase == "router")
     for name, tensor in model.encoder.state_dict().items():
         assert torch.equal(base[name], tensor), name
@@ -373,6 +377,8 @@ def test_a_linear_aggregation_may_be_held_to_its_start(bases):
         stir(DMoERM(GROUPS, names, bases["bert"], aggregate="score", aggregate_dim=0, aggregate_decay=decay))
         for decay in (0.0, 0.3)
     )
+    for inner in (*free.inner, *held.inner):
+        torch.nn.init.zeros_(inner.weights)
     inputs, preferences = inputs_of(free, texts(), [1] * 6), torch.zeros(3, 2, dtype=torch.int8)
     for model in (free, held):
         model.inner[1].units.square.copy_(torch.tensor([4.0, 9.0]))
@@ -399,6 +405,39 @@ def test_a_linear_aggregation_may_be_held_to_its_start(bases):
         DMoERM(GROUPS, base=bases["bert"], aggregate_dim=0, aggregate_decay=0.3)
     with pytest.raises(ValueError, match=r"aggregate_decay=-1: must not be negative"):
         DMoERM(GROUPS, names, bases["bert"], aggregate_dim=0, aggregate_decay=-1)
+
+
+def test_weights_of_capabilities_are_learned_without_the_preferences_word(bases):
+    model = stir(dmoerm_of(bases["bert"], "score", True, ["length", "preference", "refusal"]))
+    inputs = inputs_of(model, texts(), [0, 1, 1, 0, 1, 1])
+    units = torch.tensor([2.0, 3.0, 0.5])
+    for inner in model.inner:
+        inner.units.square.copy_(units**2)
+    model.begin("weigh")
+    model.apply_phase("weigh")
+    loss, right = model.phase_loss("weigh", inputs, torch.zeros(3, 2, dtype=torch.int8))
+    margins = []
+    for row, number in enumerate([0, 1, 1]):
+        inner = model.inner[number]
+        scores = inner.capability_scores(inputs.streams).detach()
+        difference = (scores[row] - scores[row + 3]) / units
+        margins.append(inner.weights[0] * difference[0] + inner.weights[2] * difference[2])
+    expected = sum(torch.log1p(torch.exp(-margin)) for margin in margins) / 3
+    torch.testing.assert_close(loss, expected)
+    assert right.tolist() == [bool(margin > 0) for margin in margins]
+    loss.backward()
+    for inner in model.inner:
+        assert inner.weights.grad[0] != 0 and inner.weights.grad[1] == 0
+    model.begin("aggregate")
+    with torch.no_grad():
+        reading = model.read(inputs, oracle=True)
+        rows = zip(reading.scores, inputs.groups.tolist(), strict=True)
+        others = torch.stack([(model.inner[number].weights * of / units)[[0, 2]].sum() for of, number in rows])
+        torch.testing.assert_close(reading.reward, (reading.scores[:, 1] + others) / 2, atol=1e-5, rtol=1e-4)
+    assert all(inner.distance() == 0 for inner in model.inner)
+    assert not dmoerm_of(bases["bert"], "score", False).phase_parameters("weigh")
+    with pytest.raises(ValueError, match="no linear map"):
+        dmoerm_of(bases["bert"], "score", False).inner[0].weighed(torch.zeros(1, 2))
 
 
 def test_groups_may_have_capabilities_of_their_own(bases):
@@ -442,6 +481,9 @@ def test_aggregation_starts_from_the_expert_of_the_preference_or_from_the_mean(b
     for names in (["length", "preference"], ["length", "no_repetition"]):
         model = stir(dmoerm_of(bases["bert"], aggregate, linear, names)).eval()
         for inner in model.inner:
+            if inner.weights is not None:
+                # As without the phase that learns them.
+                torch.nn.init.zeros_(inner.weights)
             inner.units.square.copy_(torch.tensor([4.0, 0.25]))
         model.begin("aggregate")
         inputs = inputs_of(model, texts(), ROUTES)
