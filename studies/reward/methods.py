@@ -91,12 +91,14 @@ RATE, HEAD_RATE, HEAD_DECAY = 1e-3, 3e-3, 0.03
 PASSES = 2
 # Of DMoERM: epochs of each phase, the share of the pairs of which only the aggregation learns what people prefer, the
 # rate of that, which has few weights and starts from what is known, and how much it is held there.
-EPOCHS = {"router": 3, "task": 2, "capability": 2, "weigh": 2, "aggregate": 16}
+EPOCHS = {"router": 3, "joint": 2, "task": 2, "capability": 2, "weigh": 2, "aggregate": 16}
 SHARE = 0.1
 LAST_RATE, DECAY = 5e-2, 0.3
 # Of the gate, which is drawn at random but for its last layer; it is held to its start as much.
 GATE_RATE, GATE_EPOCHS = 1e-3, 4
-RANK, CAPABILITY_RANK = 16, 8
+RANK, CAPABILITY_RANK, GENERAL_RANK = 16, 7, 10
+# What a DMoERM without a general expert differs in.
+NO_GENERAL: dict[str, Any] = {"general_rank": 0, "capability_rank": 8}
 # At which one LoRA, and one of five, has as many parameters as learn in DMoERM: its expert of the preference does not.
 EQUAL_RANK, MEMBER_RANK = 153, 31
 
@@ -124,7 +126,8 @@ def dmoerm(
     counts = {phase: count for phase, count in {**EPOCHS, **(epochs or {})}.items() if count}
     aggregation = {"aggregate": "score", "aggregate_dim": 0, "aggregate_decay": DECAY}
     experts = {"capabilities": CAPABILITIES, "share_capabilities": True, "capability_rank": CAPABILITY_RANK}
-    chosen = {"groups": GROUPS, "head_decay": head_decay, **experts, **aggregation, **network}
+    general = {"general_rank": GENERAL_RANK}
+    chosen = {"groups": GROUPS, "head_decay": head_decay, **experts, **general, **aggregation, **network}
     last = {phase: last_lr for phase in ("weigh", "aggregate") if phase in counts}
     rates = {"lr": lr, "head_lr": HEAD_RATE, "phase_lr": last}
     return Method(what, "dmoerm", chosen, counts, rates, {"aggregate_share": share})
@@ -197,20 +200,22 @@ def flipped(method: Method, share: float) -> Method:
 def in_layers(what: str, layers: int) -> Method:
     """Capability LoRAs in so many last layers (0 is all), learned from few pairs, since every layer is slow."""
     changes = {"groups": ONE_GROUP, "capabilities": ["preference", "new_words"], "capability_layers": layers}
-    method = dmoerm(what, {"router": 0, "task": 1, "capability": 1, "weigh": 1, "aggregate": 2}, **changes)
+    epochs = {"router": 0, "joint": 0, "task": 1, "capability": 1, "weigh": 1, "aggregate": 2}
+    method = dmoerm(what, epochs, **changes, **NO_GENERAL)
     return replace(method, data={**method.data, "learn": 1000}, sampled=True, cached=layers == 1)
 
 
 GOLD = "gold"
 METHODS: dict[str, Method] = {
-    "dmoerm": dmoerm("DMoERM: four inner models, ten capability experts"),
+    "dmoerm": dmoerm("DMoERM: four inner models, ten capability experts and a general one"),
     "six-groups": dmoerm("six inner models", groups=SIX_GROUPS),
     "no-capabilities": dmoerm(
         "its task models alone, from all pairs",
-        {"capability": 0, "weigh": 0, "aggregate": 0},
+        {"joint": 0, "capability": 0, "weigh": 0, "aggregate": 0},
         share=0.0,
         capabilities=None,
         share_capabilities=False,
+        general_rank=0,
         aggregate_decay=0.0,
     ),
     "own-experts": dmoerm(
@@ -221,19 +226,27 @@ METHODS: dict[str, Method] = {
     ),
     "hidden": dmoerm(
         "an MLP combines last states in place of scores",
-        {"weigh": 0},
+        {"joint": 0, "weigh": 0},
         last_lr=1e-4,
         aggregate="hidden",
         aggregate_dim=4,
         aggregate_decay=0.0,
+        **NO_GENERAL,
     ),
+    "no-general": dmoerm("it has no general expert", {"joint": 0}, **NO_GENERAL),
     "no-weighing": dmoerm("its aggregation starts from the preference alone", {"weigh": 0}),
     "mlp": dmoerm("an MLP combines its scores", {"weigh": 0}, last_lr=RATE, aggregate_dim=16, aggregate_decay=0.0),
     "random-start": dmoerm(
         "its aggregation starts at random", {"weigh": 0}, aggregate_start="random", aggregate_decay=0.0
     ),
-    "one-group": dmoerm("one inner model with all experts, as large", {"router": 0}, groups=ONE_GROUP, task_rank=72),
-    "joint": dmoerm("its inner models start from one that has learned from all pairs", {"joint": 2}),
+    "one-group": dmoerm(
+        "one inner model with all experts, as large",
+        {"router": 0, "joint": 0},
+        groups=ONE_GROUP,
+        task_rank=72,
+        **NO_GENERAL,
+    ),
+    "joint": dmoerm("in place of a general expert inner models start from one of all pairs", **NO_GENERAL),
     "single": single(f"one LoRA of rank {RANK}", RANK),
     "single-equal": single("one LoRA, as large as DMoERM", EQUAL_RANK),
     "objectives": objectives("one LoRA, as large, with a head for the preference and one for each capability"),
@@ -318,6 +331,7 @@ PAIRS = (
     ("dmoerm", "one-group"),
     ("dmoerm", "own-experts"),
     ("dmoerm", "hidden"),
+    ("dmoerm", "no-general"),
     ("dmoerm", "no-weighing"),
     ("dmoerm", "mlp"),
     ("dmoerm", "random-start"),

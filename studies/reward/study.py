@@ -38,7 +38,7 @@ from tasks.reward.data import PairDataset, RewardDataModule, limit_pairs, number
 from tasks.reward.evaluate import PERCENT, POOLED, Report, confusion_matrix, length_differences
 from tasks.reward.examples import Pair, prompt_key, split_by_prompt
 from tasks.reward.judge import CausalJudge
-from tasks.reward.model import DMoERM, InnerModel
+from tasks.reward.model import GENERAL, DMoERM, InnerModel
 from tasks.reward.plots import plot_consistency
 from tasks.reward.task import LONGER, MODELS, ORACLE, RANDOM, RewardTask, astray, goals_of
 from zoo import hub
@@ -290,8 +290,8 @@ class Experts:
         differences = scores[: len(pairs)] - scores[len(pairs) :]
         for pair, of in zip(pairs, differences, strict=True):
             group = model.group_of.get(pair.category, 0)
-            names = model.names[group]
-            measured = [name for name in names if name != PREFERENCE_ITSELF]
+            names = model.score_names(group)
+            measured = [name for name in names if name not in (PREFERENCE_ITSELF, GENERAL)]
             wanted = dict(zip(measured, capability_preferences([pair], measured)[0].tolist(), strict=True))
             for name, difference in zip(names, of.tolist(), strict=True):
                 if clear := wanted.get(name, 1):

@@ -24,6 +24,8 @@ ROUTER, JOINT, TASK, CAPABILITY, WEIGH, AGGREGATE = "router", "joint", "task", "
 PHASES = (ROUTER, JOINT, TASK, CAPABILITY, WEIGH, AGGREGATE)
 AGGREGATES = ("hidden", "score")
 STARTS = ("preference", "random")
+# What the score of the general expert is called.
+GENERAL = "general"
 
 Finish = Callable[[Streams, Sequence[LoraExperts]], Tensor]
 # Of each of `Streams`, the dimensions of a text's part.
@@ -68,13 +70,17 @@ class InnerModel(nn.Module):
     Attributes:
         task: LoRA and head of phase 1, one expert.
         mixture: The capability experts; what they make of a text is concatenated. None without capabilities.
+        general: The expert of all inner models, if there is one: what people prefer, whatever the category.
         own: Places of the expert of the preference, if there is one.
+        told: Places of the S scores that have learned what people prefer: `own` and the last, if that is the general
+            expert's.
         units: Of the experts' scores, as they were when the aggregation began to learn.
-        weights: `(T,)`, how much each score counts, as `weigh` has found it; None where no linear map reads scores.
+        weights: `(S,)`, how much each score counts, as `weigh` has found it; None where no linear map reads scores.
         combine: Maps these states, or the experts' scores in their units, to the reward: an MLP, or a linear map.
     """
 
     own: Tensor
+    told: Tensor
 
     def __init__(
         self,
@@ -85,25 +91,31 @@ class InnerModel(nn.Module):
         width: int,
         aggregate: str,
         shared: bool = False,
+        general: LoraExperts | None = None,
     ) -> None:
         """Put it together; see `DMoERM`."""
         super().__init__()
         own = [place for place, name in enumerate(names) if name == PREFERENCE_ITSELF]
+        told = own if general is None else [*own, len(names)]
         self.register_buffer("own", torch.tensor(own, dtype=torch.long), persistent=False)
+        self.register_buffer("told", torch.tensor(told, dtype=torch.long), persistent=False)
+        # In a tuple, as it is a part of the whole.
+        self.general = () if general is None else (general,)
         self.finish = finish
         self.task = task
         self.aggregate = aggregate
         self.mixture: MoELayer | None = None
         self.weights: nn.Parameter | None = None
         if experts is not None:
-            self.units = Units(experts.count)
+            self.scored = experts.count + len(self.general)
+            self.units = Units(self.scored)
             if aggregate == "score" and not width:
-                self.weights = nn.Parameter(torch.zeros(experts.count))
+                self.weights = nn.Parameter(torch.zeros(self.scored))
             parts: Any = CapabilityExperts(finish, task, experts, shared)
             self.mixture = MoELayer(DenseRouter(experts.count), parts, combine="concat")
             last, means = (part.shape[1] for part in split_read(experts.head))
             # The means are the same under all experts.
-            inputs = experts.count * last + means if aggregate == "hidden" else experts.count
+            inputs = experts.count * last + means if aggregate == "hidden" else self.scored
             self.combine: nn.Module = nn.Linear(inputs, 1, bias=False)
             if width:
                 self.combine = nn.Sequential(nn.Linear(inputs, width), nn.PReLU(), nn.Linear(width, 1))
@@ -133,34 +145,39 @@ class InnerModel(nn.Module):
         """The capability experts' rewards `(B, T)`."""
         return (self.states(streams) * self.heads).sum(-1)
 
+    def scores(self, streams: Streams) -> Tensor:
+        """These and, if there is one, the general expert's, `(B, S)`."""
+        own = self.capability_scores(streams)
+        return torch.cat([own, *(one.scores(self.finish(streams, (one,))) for one in self.general)], dim=1)
+
     def weighed(self, scores: Tensor) -> Tensor:
-        """What the scores `(B, T)` of all experts but that of the preference say, `(B,)`."""
+        """What the scores `(B, S)` of those say that have not learned what people prefer, `(B,)`."""
         if self.weights is None:
             raise ValueError("This inner model has no linear map of its experts' scores.")
-        return (self.units(scores) * self.weights.index_fill(0, self.own, 0)).sum(1)
+        return (self.units(scores) * self.weights.index_fill(0, self.told, 0)).sum(1)
 
     def start(self) -> Tensor:
-        """The linear map that is the score of the expert of the preference, or without one the mean of all scores.
+        """The linear map that is the mean score of the experts of the preference, or without any of all experts.
 
         After `weigh` it is the mean of that and of what the other experts say.
         """
-        experts = self.own.tolist() or list(range(self.experts.count))
-        weights = self.units.value.new_zeros(self.experts.count)
+        experts = self.told.tolist() or list(range(self.scored))
+        weights = self.units.value.new_zeros(self.scored)
         weights[experts] = 1 / len(experts)
         if self.weights is not None and self.weights.any():
-            return (weights * self.units.value + self.weights.index_fill(0, self.own, 0)) / 2
+            return (weights * self.units.value + self.weights.index_fill(0, self.told, 0)) / 2
         if self.aggregate == "score":
             return weights * self.units.value
         last, means = split_read(weights[:, None] * self.heads)
         return torch.cat([last.flatten(), means.sum(0)])
 
     def distance(self) -> Tensor:
-        """The squared distance of a linear map of scores from its start, but for the weight of the preference's.
+        """The squared distance of a linear map of scores from its start, but for the weights of the preference's.
 
-        Task models that have learned from few pairs are too sure, so that its weight has to be free to fall.
+        What has learned from few pairs is too sure of these, so that its weight has to be free to fall.
         """
         moved: Tensor = self.combine.weight[0] - self.start().detach()  # type: ignore[operator,union-attr]
-        return moved.index_fill(0, self.own, 0).square().sum()
+        return moved.index_fill(0, self.told, 0).square().sum()
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -181,23 +198,22 @@ class InnerModel(nn.Module):
         second.weight[0, :2] = torch.tensor([slope, -slope])
 
     def forward(self, streams: Streams) -> Tensor:
-        """The reward and, after it, the capability experts' scores, `(B, 1 + T)`."""
+        """The reward and, after it, the experts' scores, `(B, 1 + S)`."""
         if self.mixture is None:
             return self.task_rewards(streams)[:, None]
         return self.aggregated(self.digest(streams))
 
     def digest(self, streams: Streams) -> Tensor:
-        """What the aggregation reads, which is nothing if it reads scores alone, and the scores: `(B, X + T)`."""
-        states = self.states(streams)
-        scores = (states * self.heads).sum(-1)
+        """What the aggregation reads, which is nothing if it reads scores alone, and the scores: `(B, X + S)`."""
         if self.aggregate == "score":
-            return scores
+            return self.scores(streams)
+        states = self.states(streams)
         last, means = split_read(states)
-        return torch.cat([last.flatten(1), means[:, 0], scores], dim=1)
+        return torch.cat([last.flatten(1), means[:, 0], (states * self.heads).sum(-1)], dim=1)
 
     def aggregated(self, digest: Tensor) -> Tensor:
-        """The reward and the scores, `(B, 1 + T)`, of a digest."""
-        read, scores = digest.split([digest.shape[1] - self.experts.count, self.experts.count], dim=1)
+        """The reward and the scores, `(B, 1 + S)`, of a digest."""
+        read, scores = digest.split([digest.shape[1] - self.scored, self.scored], dim=1)
         reward = self.combine(self.units(scores) if self.aggregate == "score" else read)
         return torch.cat([reward, scores], dim=1)
 
@@ -208,8 +224,8 @@ class DMoERM(Backbone):
     The phases, each of which leaves everything else byte-identical:
 
     - `router`: the outer router learns the groups of prompts;
-    - `joint`: one task model learns from all groups' pairs; all inner models start from it (not in the paper, whose
-      base is large enough to learn a category by itself);
+    - `joint`: the general expert learns from all groups' pairs, or where there is none the task model that all inner
+      models start from (not in the paper, whose base is large enough to learn a category by itself);
     - `task`: each inner model's LoRA learns its own group's pairs (the paper's phase 1, there a copy of the base);
     - `capability`: T experts learn a capability each, on top of the frozen task model, their heads copies of its own
       (or, where all inner models share them, of the mean of theirs);
@@ -234,6 +250,7 @@ class DMoERM(Backbone):
         capability_layers: int = 1,
         capability_rank: int = 8,
         share_capabilities: bool = False,
+        general_rank: int = 0,
         aggregate: Literal["hidden", "score"] = "hidden",
         aggregate_dim: int = 64,
         aggregate_start: Literal["preference", "random"] = "preference",
@@ -256,6 +273,10 @@ class DMoERM(Backbone):
             capability_rank: Their rank.
             share_capabilities: Whether all inner models have the same experts, which then learn from all pairs; how
                 they are combined, and the task model below them, stays each one's own.
+            general_rank: Rank of the LoRA of a general expert, always on whatever the route, as the shared experts of
+                DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066): it learns what people prefer from all groups' pairs,
+                and each inner model combines its score with those of the capability experts. So a wrong route costs
+                less. 0 is without.
             aggregate: Whether what combines them reads the experts' last states and the text's means (the released
                 code: last states) or their scores.
             aggregate_dim: Its hidden width, at least 2; the released code has D. 0 is a linear map in place of an MLP.
@@ -302,6 +323,7 @@ class DMoERM(Backbone):
         self.capability_layers = capability_layers
         self.capability_rank = capability_rank
         self.share_capabilities = share_capabilities
+        self.general_rank = general_rank
         self.aggregate = aggregate
         self.aggregate_dim = aggregate_dim
         self.aggregate_start = aggregate_start
@@ -309,6 +331,12 @@ class DMoERM(Backbone):
         self.router_dim = router_dim
         self.group_of = stack_names(groups)
         self.prompt_body = nn.Sequential(nn.Linear(self.prompt_width, router_dim), nn.GELU())
+        self.general: LoraExperts | None = None
+        if general_rank:
+            rule = f"is 0 or more, and takes capabilities, of which none is called {GENERAL!r}, and aggregate='score'"
+            fits = self.capability_names and GENERAL not in self.capability_names and aggregate == "score"
+            require(general_rank > 0 and bool(fits), "general_rank", general_rank, rule)
+            self.general = self.lora_experts(1, general_rank, layers=task_layers)
         self.shared: LoraExperts | None = None
         if share_capabilities:
             count = len(self.capability_names)
@@ -330,7 +358,12 @@ class DMoERM(Backbone):
         experts, shared = self.shared, self.shared is not None
         if names and experts is None:
             experts = self.lora_experts(len(names), self.capability_rank, layers=self.capability_layers)
-        return InnerModel(self.finish, task, experts, names, self.aggregate_dim, self.aggregate, shared)
+        return InnerModel(self.finish, task, experts, names, self.aggregate_dim, self.aggregate, shared, self.general)
+
+    @property
+    def jointly(self) -> LoraExperts:
+        """What learns from the pairs of all groups together."""
+        return self.inner[0].task if self.general is None else self.general
 
     @property
     def inner(self) -> list[InnerModel]:
@@ -343,8 +376,8 @@ class DMoERM(Backbone):
         return logits
 
     def score_names(self, route: int) -> list[str]:
-        """The capabilities of an inner model."""
-        return self.names[route]
+        """The capabilities of an inner model, and the general expert."""
+        return self.names[route] if self.general is None else [*self.names[route], GENERAL]
 
     def read(self, inputs: Inputs, oracle: bool = False) -> Reading:
         """Rewards, and what they are made of; see `Backbone.read`."""
@@ -368,7 +401,7 @@ class DMoERM(Backbone):
         if phase == ROUTER:
             return [*self.prompt_body.parameters(), *self.outer.router.parameters()]
         if phase == JOINT:
-            return list(self.inner[0].task.parameters())
+            return list(self.jointly.parameters())
         if phase == TASK:
             return [parameter for model in self.inner for parameter in model.task.parameters()]
         if phase == WEIGH:
@@ -403,21 +436,23 @@ class DMoERM(Backbone):
             logits, wanted = self.route(inputs.prompts[:pairs]), inputs.groups[:pairs]
             return nn.functional.cross_entropy(logits, wanted), logits.argmax(1) == wanted
         if phase == CAPABILITY:
-            scores = self.by_group(inputs.groups, inputs.streams, InnerModel.capability_scores)
+            scores = self.by_group(inputs.groups, inputs.streams, InnerModel.scores)
             chosen, rejected = scores[:pairs], scores[pairs:]
             # Groups have capabilities of their own: the loss is that of each group's, added up.
             groups = inputs.groups[:pairs]
             wanted = preferences.gather(1, self.columns[groups])
-            right = ((chosen - rejected) * wanted > 0)[wanted != 0]
+            # The general expert, whose score is the last, learns no capability.
+            known = wanted.shape[1]
+            right = ((chosen - rejected)[:, :known] * wanted > 0)[wanted != 0]
             losses = []
             for number in groups.unique().tolist():
                 rows = groups == number
                 if torch.is_grad_enabled():
                     self.inner[number].units.follow(chosen[rows] - rejected[rows])
-                losses.append(capability_loss(chosen[rows], rejected[rows], wanted[rows]))
+                losses.append(capability_loss(chosen[rows, :known], rejected[rows, :known], wanted[rows]))
             return torch.stack(losses).sum(), right
         if phase == JOINT:
-            rewards = self.inner[0].task_rewards(inputs.streams)
+            rewards = self.jointly.scores(self.finish(inputs.streams, (self.jointly,)))[:, 0]
         elif phase == TASK:
             rewards = self.by_group(inputs.groups, inputs.streams, InnerModel.task_rewards)
         else:
@@ -425,9 +460,10 @@ class DMoERM(Backbone):
             ask = ask_weighed if phase == WEIGH else ask_aggregated
             rewards = self.by_group(inputs.groups, (digest,), ask)
         loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:])
-        learning = [self.inner[number] for number in ([0] if phase == JOINT else inputs.groups.unique().tolist())]
+        learning = [self.inner[number] for number in inputs.groups.unique().tolist()]
         if phase in (JOINT, TASK):
-            loss = loss + self.head_decay * torch.stack([model.task.head.square().sum() for model in learning]).mean()
+            experts = [self.jointly] if phase == JOINT else [model.task for model in learning]
+            loss = loss + self.head_decay * torch.stack([of.head.square().sum() for of in experts]).mean()
         elif phase == AGGREGATE and self.aggregate_decay:
             loss = loss + self.aggregate_decay * torch.stack([model.distance() for model in learning]).mean()
         return loss, rewards[:pairs] > rewards[pairs:]

@@ -201,7 +201,8 @@ class RewardTask(MoETask):
         for phase in dict.fromkeys(self.plan):
             if not self.model.phase_parameters(phase):
                 raise ValueError(f"epochs={self.epochs}: this {type(self.model).__name__} has nothing for {phase!r}.")
-        if self.pretrained and JOINT in self.plan and len(self.model.groups) > 1:
+        own_start = isinstance(self.model, DMoERM) and self.model.general is None
+        if self.pretrained and JOINT in self.plan and own_start and len(self.model.groups) > 1:
             raise ValueError(
                 f"epochs={self.epochs}: {JOINT!r} makes what inner models start from, and those of {self.pretrained} "
                 "have gone their own ways: leave it out, 'task' trains each of them."

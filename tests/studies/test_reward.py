@@ -318,7 +318,9 @@ def size(dim=384, hidden=1536, name="dmoerm"):
     experts = len([name for name in names if name != PREFERENCE_ITSELF])
     known = experts * lora(network.get("capability_rank", 8))
     # Each score has a weight of the phase `weigh` and one of the aggregation.
-    inner = lora(network.get("task_rank", 16)) + 2 * len(names)
+    general = network.get("general_rank", 0)
+    inner = lora(network.get("task_rank", 16)) + 2 * (len(names) + bool(general))
+    known += lora(general) if general else 0
     router = 4 * dim * 32 + 32 + 32 * groups if groups > 1 else 0
     return groups * inner + (1 if network.get("share_capabilities") else groups) * known + router
 

@@ -219,7 +219,8 @@ def step(model, phase, inputs, preferences, steps=3):
 @pytest.mark.parametrize("aggregate", ["hidden", "score"])
 def test_each_phase_leaves_all_else_byte_identical(bases, aggregate, shared):
     linear = aggregate == "score"
-    model = dmoerm_of(bases["bert"], aggregate, linear, share_capabilities=shared)
+    general = 4 if linear and shared else 0
+    model = dmoerm_of(bases["bert"], aggregate, linear, share_capabilities=shared, general_rank=general)
     found = texts()
     inputs = inputs_of(model, found, [0, 1, 1, 0, 1, 1])
     preferences = torch.tensor([[1, -1], [0, 1], [-1, 0]], dtype=torch.int8)
@@ -438,6 +439,43 @@ def test_weights_of_capabilities_are_learned_without_the_preferences_word(bases)
     assert not dmoerm_of(bases["bert"], "score", False).phase_parameters("weigh")
     with pytest.raises(ValueError, match="no linear map"):
         dmoerm_of(bases["bert"], "score", False).inner[0].weighed(torch.zeros(1, 2))
+
+
+def test_a_general_expert_reads_all_texts_and_learns_from_all_groups(bases):
+    names = ["length", "preference"]
+    model = stir(dmoerm_of(bases["bert"], "score", True, names, general_rank=4)).eval()
+    found = texts()
+    inputs = inputs_of(model, found, ROUTES)
+    with torch.no_grad():
+        reading = model.read(inputs, oracle=True)
+        state = peft_state(bases["bert"], found, [matrices(model, model.general, 0)])
+        read = torch.cat([state, inputs.means], dim=1)
+        torch.testing.assert_close(reading.scores[:, 2], read @ model.general.head[0], atol=1e-5, rtol=1e-4)
+        for number, inner in enumerate(model.inner):
+            own = torch.tensor(ROUTES) == number
+            torch.testing.assert_close(reading.scores[own, :2], inner.capability_scores(inputs.streams)[own])
+            rewards = (inner.combine.weight[0] * reading.scores[own] / inner.units.value).sum(1)
+            torch.testing.assert_close(reading.reward[own], rewards, atol=1e-5, rtol=1e-4)
+    assert model.score_names(0) == ["length", "preference", "general"] and inner.told.tolist() == [1, 2]
+    assert {id(p) for p in model.phase_parameters("joint")} == {id(p) for p in model.general.parameters()}
+    preferences = torch.ones(3, 1, dtype=torch.int8)
+    rewards = reading.scores[:, 2]
+    loss, _ = model.phase_loss("joint", inputs, preferences)
+    torch.testing.assert_close(loss, torch.log1p(torch.exp(rewards[3:] - rewards[:3])).mean(), atol=1e-5, rtol=1e-4)
+    # Of no phase but its own it learns, and its word counts no more than its units say.
+    preferences = torch.ones(3, 2, dtype=torch.int8)
+    before = [parameter.detach().clone() for parameter in model.general.parameters()]
+    for phase in ("task", "capability", "weigh", "aggregate"):
+        step(model, phase, inputs, preferences)
+    assert all(torch.equal(*both) for both in zip(before, model.general.parameters(), strict=True))
+    for inner in model.inner:
+        assert (
+            inner.units.batches == 3 and inner.units.value.shape == (3,) and inner.weights.grad[1:].tolist() == [0, 0]
+        )
+    for wrong in ({"aggregate": "hidden"}, {"capabilities": []}, {"capabilities": ["general"]}, {"general_rank": -1}):
+        arguments = {"capabilities": names, "aggregate": "score", "general_rank": 4, **wrong}
+        with pytest.raises(ValueError, match=r"general_rank=.*takes capabilities, of which none is called 'general'"):
+            DMoERM(GROUPS, base=bases["bert"], **arguments)
 
 
 def test_groups_may_have_capabilities_of_their_own(bases):
