@@ -85,21 +85,20 @@ class Method:
     cached: bool = True
 
 
-# What learns alike: the rates of LoRAs and of heads, how much heads are held to zero, and how often a baseline sees
-# each pair.
+# The rates of LoRAs and of heads, how much heads are held to zero, and how often a baseline sees each pair.
 RATE, HEAD_RATE, HEAD_DECAY = 1e-3, 3e-3, 0.03
 # The other decay that is tried.
 LITTLE_DECAY = 0.003
 PASSES = 2
-# Of DMoERM: epochs of each phase, the share of the pairs of which only the aggregation learns what people prefer, the
-# rate of that, which has few weights and starts from what is known, and how much it is held there.
+# Of DMoERM: epochs of each phase, the share of the pairs of which no LoRA learns what people prefer, the rate of the
+# last two phases, which have few weights, and how much the aggregation is held to its start.
 EPOCHS = {"router": 3, "joint": 2, "task": 2, "capability": 2, "weigh": 2, "aggregate": 16}
 SHARE = 0.1
 LAST_RATE, DECAY = 5e-2, 0.3
 # Of the gate, which is drawn at random but for its last layer; it is held to its start as much.
 GATE_RATE, GATE_EPOCHS = 1e-3, 4
 RANK, CAPABILITY_RANK, GENERAL_RANK = 16, 7, 10
-# What a DMoERM without a general expert differs in.
+# A DMoERM without a general expert, as large.
 NO_GENERAL: dict[str, Any] = {"general_rank": 0, "capability_rank": 8}
 # At which one LoRA, and one of five, has as many parameters as learn in DMoERM: its expert of the preference does not.
 EQUAL_RANK, MEMBER_RANK = 153, 31
@@ -119,10 +118,10 @@ def dmoerm(
     Args:
         what: In words.
         epochs: Of phases that have others than `EPOCHS`; 0 leaves one out.
-        share: Of the pairs of which only the aggregation learns what people prefer.
+        share: Of the pairs of which no LoRA learns what people prefer.
         lr: Learning rate.
-        last_lr: That of the aggregation.
-        head_decay: Of the task models.
+        last_lr: That of weighing and aggregation.
+        head_decay: Of the task models and the general expert.
         network: Arguments of `DMoERM` that differ.
     """
     counts = {phase: count for phase, count in {**EPOCHS, **(epochs or {})}.items() if count}
@@ -180,7 +179,7 @@ def objectives(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> M
 
 
 def gate(what: str, lr: float = RATE, head_decay: float = HEAD_DECAY) -> Method:
-    """The same with a gate that reads the prompt and weighs the heads, learned from what DMoERM's aggregation is.
+    """The same with a gate that reads the prompt and weighs the heads, learned from what is held back.
 
     Args:
         what: In words.

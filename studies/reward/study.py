@@ -31,9 +31,9 @@ from studies.release import find_run, result_of, save_released
 from studies.reward.methods import BASELINES, GOLD, GROUPS, MAIN, METHODS, PAIRS, READINGS, SHOWN, TRIALS, Method
 from studies.reward.properties import regress
 from studies.rows import Row, is_done, write_whole
-from tasks.reward.backbone import ALPHA, Backbone, Reading, stack_names
+from tasks.reward.backbone import ALPHA, PROMPT_DEPTHS, Backbone, Reading, stack_names
 from tasks.reward.baselines import REDUCTIONS, LoraEnsemble, reduce_members
-from tasks.reward.capabilities import PREFERENCE_ITSELF, capability_preferences
+from tasks.reward.capabilities import CAPABILITIES, PREFERENCE_ITSELF, capability_preferences
 from tasks.reward.data import PairDataset, RewardDataModule, limit_pairs, number_prompts
 from tasks.reward.evaluate import PERCENT, POOLED, Report, confusion_matrix, length_differences
 from tasks.reward.examples import Pair, prompt_key, split_by_prompt
@@ -273,7 +273,7 @@ def rewards_of_task(model: DMoERM, reading: Reading) -> torch.Tensor | None:
 
 
 class Experts:
-    """How often capability experts are right: about their own capability, that of the preference about people."""
+    """How often experts are right: about their own capability, those of the preference about people."""
 
     def __init__(self) -> None:
         """Begin."""
@@ -285,7 +285,7 @@ class Experts:
         Args:
             model: Theirs.
             pairs: P of them.
-            scores: `(2P, T)` of the inner models of their own categories.
+            scores: `(2P, S)` of the inner models of their own categories.
         """
         differences = scores[: len(pairs)] - scores[len(pairs) :]
         for pair, of in zip(pairs, differences, strict=True):
@@ -379,9 +379,9 @@ def describe(options: argparse.Namespace, one: Run) -> Row:
     if method.data.get("held_out"):
         found["gold_limit"] = options.gold_limit
     if method.kind == "properties":
-        found["groups"] = GROUPS
+        found |= {"groups": GROUPS, "counted": list(CAPABILITIES)}
     if method.kind in MODELS:
-        found |= {"clip": CLIP, "alpha": ALPHA}
+        found |= {"clip": CLIP, "alpha": ALPHA, "prompt_depths": PROMPT_DEPTHS}
     return {**found, **one._asdict(), "setting": setting(method)}
 
 

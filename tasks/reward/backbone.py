@@ -61,7 +61,7 @@ class Reading:
 
     Attributes:
         reward: `(B,)`.
-        scores: `(B, T)`, the reward of each of its capability experts, members or objectives; T may be 0.
+        scores: `(B, S)`, the reward of each of its experts, members or objectives; S may be 0.
         route: `(B,)` int64, the inner model that the router chose, whichever was used; 0 without a router.
     """
 
@@ -278,7 +278,7 @@ class Backbone(AdaptedModel):
             mask: `(B, L)` bool.
 
         Returns:
-            `(B, P)` float32, P = `prompt_width`; those of each depth have mean 0 and variance 1.
+            `(B, P)` float32, P = `prompt_width`.
         """
         mask = mask.bool()
         hidden = self.embed(input_ids, torch.zeros_like(input_ids))
@@ -347,6 +347,14 @@ class Backbone(AdaptedModel):
     def reads_prompts(self) -> bool:
         """Whether `Inputs.prompts` matter."""
         return False
+
+    def check_plan(self, plan: Sequence[str], pretrained: str | None) -> None:
+        """Called before training; a subclass refuses phases that do not go together.
+
+        Args:
+            plan: The phase of each epoch.
+            pretrained: The checkpoint that is trained on, if any.
+        """
 
     def begin(self, phase: str) -> None:
         """Called before the first step of a phase; nothing by default."""

@@ -225,8 +225,8 @@ CAPABILITIES: Mapping[str, Capability] = {
     "refusal": Capability(f"declines in its first {OPENING} characters", 1.0, _refusal),
     "warning_words": Capability("more of its words speak of harm, law, risk and help", 0.01, _warning_words),
     "polite_words": Capability("has more words of politeness", TENTH, _polite_words),
-    "emphasis": Capability("has more headings and bold type", TENTH, _emphasis),
-    "finished": Capability("ends with a mark that ends a sentence, a list, a quotation or code", 1.0, _finished),
+    "emphasis": Capability("has more lines that begin with # and pairs of **", TENTH, _emphasis),
+    "finished": Capability("ends with a mark that ends sentences, quotations, brackets or code", 1.0, _finished),
     "long_words": Capability(f"more of its words have at least {LONG} letters", 0.02, _long_words),
     "first_person": Capability("has more words such as I and my", TENTH, _first_person),
 }

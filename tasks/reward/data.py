@@ -40,8 +40,8 @@ GENERATED_COUNTS = {"train": 600, "val": 60, "test": 120}
 # Chooses prompts to hold out and limited sets: the same whatever the run's seed, so that runs compare.
 SPLIT_SEED = 0
 # Phases that learn from what `aggregate_share` holds back, from one pair of each prompt, and from all pairs; the others
-# learn from what is not held back. What a capability expert learns is not what people prefer, so that an aggregation
-# may meet pairs that it has seen.
+# learn from what is not held back. What a capability expert learns is not what people prefer, so that pairs that it has
+# seen may teach how much it counts.
 HELD_BACK, BY_PROMPT, EVERYTHING = ("aggregate", "gate"), ("router",), ("members", "capability", "weigh")
 # Phases in which inner models learn apart. Each batch is of one of them: a step is as large however few pairs it has.
 BY_GROUP = ("task", "capability", "weigh", "aggregate")
@@ -113,7 +113,7 @@ class PairDataset(TextDataset):
 
     Attributes:
         pairs: The pairs.
-        held_back: `(n,)` bool, of which only the last phase learns what people prefer.
+        held_back: `(n,)` bool, of which no LoRA learns what people prefer.
     """
 
     def __init__(self, pairs: Sequence[Pair], tokenizer: Any, max_length: int, least_prompt: int) -> None:
@@ -217,9 +217,9 @@ class RewardDataModule(ZooDataModule):
             test_file: Pairs to be scored.
             columns: What the file calls these columns, where otherwise.
             holdout: Share of the training pairs, by prompt and category, to validate on, where the source has none.
-            aggregate_share: Share of the training pairs, by prompt and category, of which only the last phase, in which
-                experts are combined, learns what people prefer (0.4 in the paper); 0 lets all phases learn from all, as
-                they do where there is no such phase.
+            aggregate_share: Share of the training pairs, by prompt and category, of which only phases in which experts
+                are combined learn what people prefer (0.4 in the paper); 0 lets all phases learn from all, as they do
+                where there is no such phase.
             flip: Share of the training pairs whose label is made wrong.
             labels: A file of capability labels, as `tasks.reward.labelling.read_labels` reads it, for the training
                 pairs; without one labels are measurable properties of the answers, see `tasks.reward.capabilities`.

@@ -1,7 +1,8 @@
 """DMoERM, a double-layer mixture of experts as a reward model (Quan 2024, arXiv 2403.01197).
 
 Plain torch. B texts (a prompt and an answer each) of L tokens, D the base's width, W = 3 D what a head reads (see
-`tasks.reward.backbone`), G groups of categories, each with an inner model, T capabilities.
+`tasks.reward.backbone`), G groups of categories, each with an inner model, T capabilities, S scores: one of each
+capability, and one of the general expert if there is one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -72,15 +73,16 @@ class InnerModel(nn.Module):
         mixture: The capability experts; what they make of a text is concatenated. None without capabilities.
         general: The expert of all inner models, if there is one: what people prefer, whatever the category.
         own: Places of the expert of the preference, if there is one.
-        told: Places of the S scores that have learned what people prefer: `own` and the last, if that is the general
-            expert's.
-        units: Of the experts' scores, as they were when the aggregation began to learn.
+        preferring: Places of the S scores that have learned what people prefer: `own` and the last, if that is the
+            general expert's.
+        score_count: S, the T scores of the capability experts and that of the general one.
+        units: Of these scores, as they were when `weigh`, or without it the aggregation, began to learn.
         weights: `(S,)`, how much each score counts, as `weigh` has found it; None where no linear map reads scores.
         combine: Maps these states, or the experts' scores in their units, to the reward: an MLP, or a linear map.
     """
 
     own: Tensor
-    told: Tensor
+    preferring: Tensor
 
     def __init__(
         self,
@@ -96,9 +98,9 @@ class InnerModel(nn.Module):
         """Put it together; see `DMoERM`."""
         super().__init__()
         own = [place for place, name in enumerate(names) if name == PREFERENCE_ITSELF]
-        told = own if general is None else [*own, len(names)]
+        preferring = own if general is None else [*own, len(names)]
         self.register_buffer("own", torch.tensor(own, dtype=torch.long), persistent=False)
-        self.register_buffer("told", torch.tensor(told, dtype=torch.long), persistent=False)
+        self.register_buffer("preferring", torch.tensor(preferring, dtype=torch.long), persistent=False)
         # In a tuple, as it is a part of the whole.
         self.general = () if general is None else (general,)
         self.finish = finish
@@ -107,15 +109,15 @@ class InnerModel(nn.Module):
         self.mixture: MoELayer | None = None
         self.weights: nn.Parameter | None = None
         if experts is not None:
-            self.scored = experts.count + len(self.general)
-            self.units = Units(self.scored)
+            self.score_count = experts.count + len(self.general)
+            self.units = Units(self.score_count)
             if aggregate == "score" and not width:
-                self.weights = nn.Parameter(torch.zeros(self.scored))
+                self.weights = nn.Parameter(torch.zeros(self.score_count))
             parts: Any = CapabilityExperts(finish, task, experts, shared)
             self.mixture = MoELayer(DenseRouter(experts.count), parts, combine="concat")
             last, means = (part.shape[1] for part in split_read(experts.head))
             # The means are the same under all experts.
-            inputs = experts.count * last + means if aggregate == "hidden" else self.scored
+            inputs = experts.count * last + means if aggregate == "hidden" else self.score_count
             self.combine: nn.Module = nn.Linear(inputs, 1, bias=False)
             if width:
                 self.combine = nn.Sequential(nn.Linear(inputs, width), nn.PReLU(), nn.Linear(width, 1))
@@ -154,18 +156,18 @@ class InnerModel(nn.Module):
         """What the scores `(B, S)` of those say that have not learned what people prefer, `(B,)`."""
         if self.weights is None:
             raise ValueError("This inner model has no linear map of its experts' scores.")
-        return (self.units(scores) * self.weights.index_fill(0, self.told, 0)).sum(1)
+        return (self.units(scores) * self.weights.index_fill(0, self.preferring, 0)).sum(1)
 
     def start(self) -> Tensor:
-        """The linear map that is the mean score of the experts of the preference, or without any of all experts.
+        """The linear map that is the mean score of what has learned the preference, or without any of all experts.
 
-        After `weigh` it is the mean of that and of what the other experts say.
+        After `weigh` it is the mean of that and of what it has learned that the other experts say.
         """
-        experts = self.told.tolist() or list(range(self.scored))
-        weights = self.units.value.new_zeros(self.scored)
+        experts = self.preferring.tolist() or list(range(self.score_count))
+        weights = self.units.value.new_zeros(self.score_count)
         weights[experts] = 1 / len(experts)
         if self.weights is not None and self.weights.any():
-            return (weights * self.units.value + self.weights.index_fill(0, self.told, 0)) / 2
+            return (weights * self.units.value + self.weights.index_fill(0, self.preferring, 0)) / 2
         if self.aggregate == "score":
             return weights * self.units.value
         last, means = split_read(weights[:, None] * self.heads)
@@ -177,7 +179,7 @@ class InnerModel(nn.Module):
         What has learned from few pairs is too sure of these, so that its weight has to be free to fall.
         """
         moved: Tensor = self.combine.weight[0] - self.start().detach()  # type: ignore[operator,union-attr]
-        return moved.index_fill(0, self.told, 0).square().sum()
+        return moved.index_fill(0, self.preferring, 0).square().sum()
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -213,7 +215,7 @@ class InnerModel(nn.Module):
 
     def aggregated(self, digest: Tensor) -> Tensor:
         """The reward and the scores, `(B, 1 + S)`, of a digest."""
-        read, scores = digest.split([digest.shape[1] - self.scored, self.scored], dim=1)
+        read, scores = digest.split([digest.shape[1] - self.score_count, self.score_count], dim=1)
         reward = self.combine(self.units(scores) if self.aggregate == "score" else read)
         return torch.cat([reward, scores], dim=1)
 
@@ -230,7 +232,7 @@ class DMoERM(Backbone):
     - `capability`: T experts learn a capability each, on top of the frozen task model, their heads copies of its own
       (or, where all inner models share them, of the mean of theirs);
     - `weigh`: how much each capability counts, where a linear map combines scores (not in the paper). Their experts
-      have not seen what people prefer, so that all pairs may teach it, but not how much the task model's word counts;
+      learn nothing of what people prefer, so that all pairs may teach it, but not how much a task model's word counts;
     - `aggregate`: the MLP, or a linear map, learns the pairs, all experts frozen.
 
     With one group and no capabilities it is a single reward model with one LoRA: the twin.
@@ -266,7 +268,7 @@ class DMoERM(Backbone):
                 as many for each; see `RewardDataModule.label`. None is without.
             base: A folder, or a name on the hub; see `Backbone`.
             base_sha256: What its weights must be. None allows any, and is filled in.
-            task_layers: Last layers with the task models' LoRA; 0 is all.
+            task_layers: Last layers with the task models' LoRA, and the general expert's; 0 is all.
             task_rank: Its rank.
             capability_layers: Last layers with the capability experts' LoRA; 0 is all. What is below runs once for
                 all of them.
@@ -280,13 +282,14 @@ class DMoERM(Backbone):
             aggregate: Whether what combines them reads the experts' last states and the text's means (the released
                 code: last states) or their scores.
             aggregate_dim: Its hidden width, at least 2; the released code has D. 0 is a linear map in place of an MLP.
-            aggregate_start: How it begins its phase: as the score of the expert of the capability `preference`, or
-                without one as the mean of all scores; or at random (the released code).
+            aggregate_start: How it begins its phase: as the score of the expert of the capability `preference`, or its
+                mean with that of the general expert, or without both the mean of all scores; after `weigh` halfway
+                between that and what the other experts say; or at random (the released code).
             aggregate_decay: Weight of the squared distance of a linear map of scores from its start in the loss of its
-                phase, so that few pairs of a rare kind move it less; how loud the expert of the preference is stays
+                phase, so that few pairs of a rare kind move it less; how loud what has learned the preference is stays
                 free.
             router_dim: Hidden width of the router.
-            head_decay: Of the task models, see `Backbone`.
+            head_decay: Of the task models and the general expert, see `Backbone`.
 
         Raises:
             UnknownNameError: There is no such aggregate or start.
@@ -361,7 +364,7 @@ class DMoERM(Backbone):
         return InnerModel(self.finish, task, experts, names, self.aggregate_dim, self.aggregate, shared, self.general)
 
     @property
-    def jointly(self) -> LoraExperts:
+    def joint_experts(self) -> LoraExperts:
         """What learns from the pairs of all groups together."""
         return self.inner[0].task if self.general is None else self.general
 
@@ -396,12 +399,31 @@ class DMoERM(Backbone):
         """Whether there is anything to route."""
         return len(self.groups) > 1
 
+    def check_plan(self, plan: Sequence[str], pretrained: str | None) -> None:
+        """Refuse phases that would have no effect, or undo what others have learned; see `Backbone.check_plan`."""
+        for phase in ([JOINT] if self.general is None and len(self.groups) > 1 else []) + [WEIGH]:
+            if pretrained and phase in plan:
+                raise ValueError(
+                    f"epochs with {phase!r}: it makes what a later phase starts from, and that of {pretrained} has "
+                    "gone its own way: leave it out."
+                )
+        if WEIGH in plan and (AGGREGATE not in plan or self.aggregate_start == "random"):
+            raise ValueError(
+                f"epochs with {WEIGH!r} need {AGGREGATE!r}, which starts from it, and aggregate_start='preference'; "
+                f"found phases {', '.join(dict.fromkeys(plan))} and aggregate_start={self.aggregate_start!r}."
+            )
+        if self.general is not None and not pretrained and AGGREGATE in plan and JOINT not in plan:
+            raise ValueError(
+                f"general_rank={self.general_rank}: the general expert learns in the phase {JOINT!r}; give that "
+                "epochs, or leave out the expert."
+            )
+
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         """What a phase trains."""
         if phase == ROUTER:
             return [*self.prompt_body.parameters(), *self.outer.router.parameters()]
         if phase == JOINT:
-            return list(self.jointly.parameters())
+            return list(self.joint_experts.parameters())
         if phase == TASK:
             return [parameter for model in self.inner for parameter in model.task.parameters()]
         if phase == WEIGH:
@@ -416,7 +438,7 @@ class DMoERM(Backbone):
         """Start a phase from what the one before it has learned."""
         if phase == TASK:
             for model in self.inner[1:]:
-                # After `joint` these are equal; without it each starts from the same untrained LoRA.
+                # All start alike: from what `joint` has made of the first, or from the same untrained LoRA.
                 model.task.copy_from(self.inner[0].task)
         if phase == CAPABILITY:
             heads = [model.task.head for model in self.inner]
@@ -452,7 +474,7 @@ class DMoERM(Backbone):
                 losses.append(capability_loss(chosen[rows, :known], rejected[rows, :known], wanted[rows]))
             return torch.stack(losses).sum(), right
         if phase == JOINT:
-            rewards = self.jointly.scores(self.finish(inputs.streams, (self.jointly,)))[:, 0]
+            rewards = self.joint_experts.scores(self.finish(inputs.streams, (self.joint_experts,)))[:, 0]
         elif phase == TASK:
             rewards = self.by_group(inputs.groups, inputs.streams, InnerModel.task_rewards)
         else:
@@ -462,7 +484,7 @@ class DMoERM(Backbone):
         loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:])
         learning = [self.inner[number] for number in inputs.groups.unique().tolist()]
         if phase in (JOINT, TASK):
-            experts = [self.jointly] if phase == JOINT else [model.task for model in learning]
+            experts = [self.joint_experts] if phase == JOINT else [model.task for model in learning]
             loss = loss + self.head_decay * torch.stack([of.head.square().sum() for of in experts]).mean()
         elif phase == AGGREGATE and self.aggregate_decay:
             loss = loss + self.aggregate_decay * torch.stack([model.distance() for model in learning]).mean()

@@ -29,7 +29,7 @@ from tasks.reward.evaluate import (
     length_differences,
 )
 from tasks.reward.groups import HARMLESS
-from tasks.reward.model import JOINT, DMoERM, category_numbers
+from tasks.reward.model import DMoERM, category_numbers
 from tasks.reward.plots import plot_consistency, plot_routes
 from tasks.reward.texts import Batch, StateStore, fingerprint, pad
 from zoo import hub
@@ -201,12 +201,7 @@ class RewardTask(MoETask):
         for phase in dict.fromkeys(self.plan):
             if not self.model.phase_parameters(phase):
                 raise ValueError(f"epochs={self.epochs}: this {type(self.model).__name__} has nothing for {phase!r}.")
-        own_start = isinstance(self.model, DMoERM) and self.model.general is None
-        if self.pretrained and JOINT in self.plan and own_start and len(self.model.groups) > 1:
-            raise ValueError(
-                f"epochs={self.epochs}: {JOINT!r} makes what inner models start from, and those of {self.pretrained} "
-                "have gone their own ways: leave it out, 'task' trains each of them."
-            )
+        self.model.check_plan(self.plan, self.pretrained)
         if self.trainer.max_epochs != len(self.plan):
             raise ValueError(
                 f"trainer.max_epochs={self.trainer.max_epochs}: has to be {len(self.plan)}, the sum of epochs="

@@ -49,7 +49,7 @@ def smaller(name):
     method = METHODS[name]
     network = {key: value for key, value in method.network.items() if not key.endswith("rank")}
     if len(network.get("groups", [])) > 1:
-        network |= {"groups": EACH, "capabilities": ["preference", "length"]}
+        network |= {"groups": EACH, "capabilities": ["preference", "length"], "general_rank": 2}
     epochs = dict.fromkeys(method.epochs, 1)
     data = {**method.data} | ({"learn": 20} if "learn" in method.data else {})
     return replace(method, network=network, epochs=epochs, data=data)
@@ -123,7 +123,8 @@ def test_each_run_has_one_row(folder):
     assert names == seeds | {"single.seed0.val.json"}
     first = row(folder, "dmoerm.seed0")
     assert set(first["differences"]) == {"", "oracle", "random", "task"} and first["groups"] == list(EACH)
-    assert set(first["experts"]) == set(EACH) and set(first["experts"]["synthetic_speed"]) == {"preference", "length"}
+    known = {"preference", "length", "general"}
+    assert set(first["experts"]) == set(EACH) and set(first["experts"]["synthetic_speed"]) == known
     assert set(row(folder, "ensemble.seed0")["differences"]) == {"", "worst", "uncertainty"}
     assert first["parameters_trained"] > row(folder, "single.seed0")["parameters_trained"] > 0
     assert (first["pairs"], row(folder, "judge.seed0")["pairs"], row(folder, "gold.seed0")["pairs"]) == (40, 10, 20)
@@ -319,13 +320,13 @@ def size(dim=384, hidden=1536, name="dmoerm"):
     known = experts * lora(network.get("capability_rank", 8))
     # Each score has a weight of the phase `weigh` and one of the aggregation.
     general = network.get("general_rank", 0)
+    once = lora(general) if general else 0
     inner = lora(network.get("task_rank", 16)) + 2 * (len(names) + bool(general))
-    known += lora(general) if general else 0
     router = 4 * dim * 32 + 32 + 32 * groups if groups > 1 else 0
-    return groups * inner + (1 if network.get("share_capabilities") else groups) * known + router
+    return groups * inner + (1 if network.get("share_capabilities") else groups) * known + once + router
 
 
-@pytest.mark.parametrize("name", ["single-equal", "objectives", "ensemble", "one-group"])
+@pytest.mark.parametrize("name", ["single-equal", "objectives", "ensemble", "one-group", "no-general", "joint"])
 def test_baselines_of_equal_size_have_as_many_parameters(name):
     assert size(name=name) == pytest.approx(size(), rel=0.02)
 

@@ -144,7 +144,7 @@ def test_phases_learn_from_their_own_pairs(data):
     assert not {dataset.prompt_of[p] for p in early} & {dataset.prompt_of[p] for p in late}
     # What combines experts has to see the task models on pairs that they have not learned from.
     assert set(dataset.places("joint")) == early
-    assert dataset.places("members") == dataset.places("capability") == list(range(count))
+    assert all(dataset.places(phase) == list(range(count)) for phase in ("members", "capability", "weigh"))
     first = dataset.places("router")
     assert len(first) == len(dataset.prompts) == len({dataset.prompt_of[place] for place in first})
     numbers = {name: place % 2 for place, name in enumerate(sorted(set(dataset.categories)))}

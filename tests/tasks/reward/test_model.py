@@ -456,7 +456,7 @@ def test_a_general_expert_reads_all_texts_and_learns_from_all_groups(bases):
             torch.testing.assert_close(reading.scores[own, :2], inner.capability_scores(inputs.streams)[own])
             rewards = (inner.combine.weight[0] * reading.scores[own] / inner.units.value).sum(1)
             torch.testing.assert_close(reading.reward[own], rewards, atol=1e-5, rtol=1e-4)
-    assert model.score_names(0) == ["length", "preference", "general"] and inner.told.tolist() == [1, 2]
+    assert model.score_names(0) == ["length", "preference", "general"] and inner.preferring.tolist() == [1, 2]
     assert {id(p) for p in model.phase_parameters("joint")} == {id(p) for p in model.general.parameters()}
     preferences = torch.ones(3, 1, dtype=torch.int8)
     rewards = reading.scores[:, 2]
@@ -476,6 +476,30 @@ def test_a_general_expert_reads_all_texts_and_learns_from_all_groups(bases):
         arguments = {"capabilities": names, "aggregate": "score", "general_rank": 4, **wrong}
         with pytest.raises(ValueError, match=r"general_rank=.*takes capabilities, of which none is called 'general'"):
             DMoERM(GROUPS, base=bases["bert"], **arguments)
+
+
+def test_phases_without_effect_are_refused(bases):
+    names, last = ["length", "preference"], ["task", "capability", "weigh", "aggregate"]
+    plain, general = (dmoerm_of(bases["bert"], "score", True, names, general_rank=rank) for rank in (0, 4))
+    for model, plan, pretrained in (
+        (plain, ["joint", *last], None),
+        (plain, ["aggregate"], "one"),
+        (general, ["joint", *last], None),
+        (general, ["joint", "task"], "one"),
+        (general, ["task"], None),
+    ):
+        model.check_plan(plan, pretrained)
+    with pytest.raises(ValueError, match="'joint': it makes what a later phase starts from, and that of one has gone"):
+        plain.check_plan(["joint"], "one")
+    for model in (plain, general):
+        with pytest.raises(ValueError, match="'weigh': it makes what a later phase starts from"):
+            model.check_plan(["weigh", "aggregate"], "one")
+        with pytest.raises(ValueError, match=r"'weigh' need 'aggregate'.* found phases joint, weigh and"):
+            model.check_plan(["joint", "weigh", "weigh"], None)
+    with pytest.raises(ValueError, match="aggregate_start='random'"):
+        dmoerm_of(bases["bert"], "score", True, names, aggregate_start="random").check_plan(last, None)
+    with pytest.raises(ValueError, match="general_rank=4: the general expert learns in the phase 'joint'"):
+        general.check_plan(last, None)
 
 
 def test_groups_may_have_capabilities_of_their_own(bases):

@@ -23,7 +23,9 @@ from zoo.errors import UnknownNameError
 
 CONFIGS = sorted(Path("configs/reward").glob("*.yaml"))
 MAIN = "configs/reward/dmoerm-minilm.yaml"
-PHASES = ("router", "joint", "task", "capability", "aggregate")
+PHASES = ("router", "joint", "task", "capability", "weigh", "aggregate")
+# A network that has something for each of them.
+WHOLE = {"aggregate": "score", "aggregate_dim": 0, "general_rank": 2}
 SMALL = ["--data.max_length=48", "--data.least_prompt=8", "--trainer.enable_progress_bar=false"]
 SMALL += ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
 
@@ -59,7 +61,7 @@ def trained(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a checkpoint, one epoch of each phase."""
     folder = tmp_path_factory.mktemp("trained")
     whole = epochs(**dict.fromkeys(PHASES, 1))
-    main(["fit", "-c", MAIN, *network(base), *whole, *generated(base), "--out", str(folder)])
+    main(["fit", "-c", MAIN, *network(base, **WHOLE), *whole, *generated(base), "--out", str(folder)])
     return folder
 
 
@@ -102,7 +104,8 @@ def test_a_run_goes_through_all_phases_and_saves_what_it_trained(trained: Path, 
     model = zoo.load(trained / "checkpoint")
     assert state.keys() == {f"model.{name}" for name in model.state_dict()}
     assert not any("encoder" in name for name in state)
-    fresh = RewardTask("dmoerm", {"base": base, "groups": GROUPS, "capabilities": ["length", "no_repetition"]}).model
+    arguments = {"base": base, "groups": GROUPS, "capabilities": ["length", "no_repetition"], **WHOLE}
+    fresh = RewardTask("dmoerm", arguments).model
     for phase in PHASES:
         assert any(p.detach().abs().sum() > 0 for p in model.phase_parameters(phase)), phase
     assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
@@ -112,11 +115,11 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(
     base: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = epochs(**dict.fromkeys(PHASES, 1))
-    command = ["fit", "-c", MAIN, *network(base), *generated(base), "--out", str(tmp_path)]
+    command = ["fit", "-c", MAIN, *network(base, **WHOLE), *generated(base), "--out", str(tmp_path)]
     original = RewardTask.on_train_batch_start
 
     def stop(self: RewardTask, batch: Any, batch_idx: int) -> None:
-        if self.trainer.current_epoch == 3:
+        if self.trainer.current_epoch == PHASES.index("weigh"):
             raise KeyboardInterrupt
         original(self, batch, batch_idx)
 
@@ -137,9 +140,11 @@ def test_a_trained_model_goes_on_from_what_it_has(
 ) -> None:
     command = ["fit", "-c", "configs/reward/own.yaml", "--model.pretrained", str(trained / "checkpoint")]
     command += ["--data.file", str(own), f"--data.base={base}", *SMALL, "--out", str(tmp_path)]
-    assert "'task' trains each of them" in sentence(capsys, *command, *epochs(joint=1))
+    assert "epochs with 'weigh': it makes what a later phase starts from" in sentence(
+        capsys, *command, *epochs(weigh=1)
+    )
     # At a rate of zero nothing moves, however a phase begins.
-    main([*command, *epochs(task=1, capability=1, aggregate=1), "--model.lr=0", "--model.phase_lr={}"])
+    main([*command, *epochs(joint=1, task=1, capability=1, aggregate=1), "--model.lr=0", "--model.phase_lr={}"])
     before, after = (zoo.load(folder / "checkpoint").state_dict() for folder in (trained, tmp_path))
     # Statistics that a new aggregation would begin with go on.
     kept = [name for name in before if not name.endswith((".square", ".batches"))]
