@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import zoo
-from studies.reward import policy, study
+from studies.reward import policy, properties, study
 from studies.reward.methods import (
     BASELINES,
     CAPABILITIES,
@@ -27,7 +27,7 @@ from studies.reward.methods import (
     SIX_GROUPS,
     TRIALS,
 )
-from studies.reward.properties import regress
+from studies.reward.properties import drop_least, regress
 from studies.reward.study import Run
 from tasks.reward.capabilities import CAPABILITIES as KNOWN
 from tasks.reward.capabilities import PREFERENCE_ITSELF
@@ -229,6 +229,24 @@ def test_a_regression_finds_what_a_group_goes_by():
     together = regress(pairs[:60], pairs[60:], {})
     assert (regress(pairs[:60], pairs[60:], {"a": 0, "b": 1}) > 0).all() and not (together > 0).all()
     assert not regress(pairs[:60], [replace(pairs[60], rejected=pairs[60].chosen)], {}).any()
+
+
+def test_the_property_that_is_missed_least_is_left_out_first():
+    random, pairs = np.random.default_rng(0), []
+    for number in range(200):
+        # The chosen answer is mostly the longer one; whether it says sorry is drawn.
+        words = [30, 10] if random.random() < 0.9 else [10, 30]
+        chosen, rejected = (f"{'word ' * count}{random.choice(['sorry', 'end'])}" for count in words)
+        pairs.append(study.Pair(f"user: {number}", chosen, rejected, "a", str(number)))
+    lines = drop_least(pairs, ["refusal", "length"], {"a": 0}, 1)
+    assert [line["left out"] for line in lines] == ["nothing", "refusal"]
+    assert lines[1]["loss"] == pytest.approx(lines[0]["loss"], abs=0.02) and lines[1]["loss"] < 0.5 < np.log(2)
+
+
+def test_as_many_properties_are_kept_as_the_study_has(capsys):
+    kept = properties.main(["--source", "generated"])
+    assert set(kept) < {*KNOWN} - {"length"} and len(kept) == len(set(CAPABILITIES) - {PREFERENCE_ITSELF})
+    assert capsys.readouterr().out.count("nothing") == 1
 
 
 def test_rows_tell_defaults_too(folder):
