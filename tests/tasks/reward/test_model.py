@@ -592,18 +592,13 @@ def test_a_checkpoint_holds_what_was_trained_alone(bases, kind, tmp_path):
         assert torch.equal(loaded(**found), model(**found))
 
 
-def test_the_checkpoint_at_full_size_is_below_25_mb():
-    """As it is configured, on a base of MiniLM's size, in half precision."""
+def test_the_checkpoint_at_full_size_is_below_25_mb(tmp_path):
+    """As configured, in half precision, on a base as wide as MiniLM; its feed-forward networks are half as wide."""
     network = yaml.safe_load(Path("configs/reward/dmoerm-minilm.yaml").read_text())["model"]["init_args"]["network"]
-    dim, hidden, groups, experts = 384, 1536, len(network["groups"]), len(network["capabilities"])
-    per_rank = 4 * (dim + dim) + 2 * (dim + hidden)
-    assert network["share_capabilities"] and network["aggregate_dim"] == 0 and network["aggregate"] == "score"
-    task, expert = (rank * per_rank + dim for rank in (16, network["capability_rank"]))
-    router = dim * 128 + 128 + groups * 128
-    total = groups * (task + 4 * experts) + experts * expert + router
-    assert 2 * total < 3e6
-    # Were all experts each inner model's own, of twice the rank: still below.
-    assert 2 * (total + groups * 2 * experts * expert) < 25e6
+    base = save_base(tmp_path / "base", 384)
+    assert 1.5e6 < 2 * DMoERM(**network, base=base).trained_parameters() < 2.5e6
+    own = {**network, "share_capabilities": False}
+    assert 2 * DMoERM(**own, base=base).trained_parameters() < 25e6, "nor would it be if all had experts of their own"
 
 
 def test_heads_that_learn_what_people_prefer_are_held_to_zero(bases):
