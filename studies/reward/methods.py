@@ -34,9 +34,8 @@ SIX_GROUPS: dict[str, list[str]] = {
     "Code": ["Code"],
 }
 ONE_GROUP: dict[str, list[str]] = {"all": []}
-# Of DMoERM, and but for the preference of several objectives. Preferences of the training pairs of each group were
-# regressed on all that is measured, and what held-out folds of these missed least was left out until ten were left; the
-# length never was among them, as a reward is to be better than it.
+# Of DMoERM, and but for the preference of several objectives: the ten that `python -m studies.reward.properties` keeps.
+# The length is not among what that chooses from, as a reward is to be better than it.
 CAPABILITIES = [
     PREFERENCE_ITSELF,
     "new_words",

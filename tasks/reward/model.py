@@ -277,8 +277,8 @@ class DMoERM(Backbone):
                 they are combined, and the task model below them, stays each one's own.
             general_rank: Rank of the LoRA of a general expert, always on whatever the route, as the shared experts of
                 DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066): it learns what people prefer from all groups' pairs,
-                and each inner model combines its score with those of the capability experts. So a wrong route costs
-                less. 0 is without.
+                and each inner model combines its score with those of the capability experts, so that less depends on
+                the route. 0 is without.
             aggregate: Whether what combines them reads the experts' last states and the text's means (the released
                 code: last states) or their scores.
             aggregate_dim: Its hidden width, at least 2; the released code has D. 0 is a linear map in place of an MLP.
