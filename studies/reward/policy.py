@@ -32,7 +32,7 @@ from tasks.reward.data import limit_pairs
 from tasks.reward.examples import Candidate, Pair
 from tasks.reward.plots import plot_best_of_n
 from tasks.reward.policy import Answered, Policy, rate
-from tasks.reward.texts import fingerprint
+from tasks.reward.texts import SPEAKER, fingerprint
 from zoo import hub
 from zoo.base_models import MINILM, SMOLLM2, load_tokenizer
 from zoo.comparison import Array
@@ -40,8 +40,6 @@ from zoo.report import print_table
 
 # Picks that need no reward model.
 RANDOM, LONGER = "random", "longer"
-# Of a prompt with one turn: what the reward models read before it.
-SPEAKER = re.compile(r"(?:user|human): ?", re.IGNORECASE)
 TURN = re.compile(r"\n(?:user|assistant|human): ?", re.IGNORECASE)
 # Characters of a prompt that the policy is asked.
 LONGEST = 300
@@ -362,7 +360,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--source", default="preference", choices=["preference", "generated"])
     parser.add_argument("--base", default=MINILM, help="of the reward models")
     parser.add_argument("--policy", default=SMOLLM2, help="the causal model that answers")
-    parser.add_argument("--prompts", type=int, default=120, help="held-out prompts")
+    parser.add_argument("--prompts", type=int, default=80, help="held-out prompts")
     parser.add_argument("--answers", type=int, default=64, help="to each of them: the largest n")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer")
     parser.add_argument("--rounds", type=int, default=2, help="of distillation")

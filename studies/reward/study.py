@@ -505,6 +505,15 @@ def router_accuracy(row: Row) -> float:
     return float(PERCENT * np.trace(matrix) / matrix.sum())
 
 
+def routes_by_category(row: Row) -> dict[str, list[int]]:
+    """How many prompts of each category were sent to each inner model, each prompt once."""
+    first = np.unique(numbers(row["prompts"]), return_index=True)[1]
+    categories, found = (numbers(row[name])[first].astype(int) for name in ("category", "routes"))
+    counts = np.zeros((len(row["categories"]), len(row["groups"])), dtype=int)
+    np.add.at(counts, (categories, found), 1)
+    return dict(zip(row["categories"], counts.tolist(), strict=True))
+
+
 def differences(report: Report) -> list[Row]:
     """How much a method is above another, with 95 % intervals over prompts and seeds."""
     return [
@@ -543,8 +552,13 @@ def write_tables(options: argparse.Namespace) -> None:
             ],
         )
     results["routes"] = {
-        method: {"groups": row["groups"], "prompts": confusion(row).tolist()} for method, row in routed.items()
+        method: {"groups": row["groups"], "prompts": routes_by_category(row)} for method, row in routed.items()
     }
+    for method, of in list(results["routes"].items())[:1]:
+        print_table(
+            f"Prompts that the router of {method}, seed {rows[method][0]['seed']}, sent to each inner model",
+            [{"category": name, **dict(zip(of["groups"], n, strict=True))} for name, n in of["prompts"].items()],
+        )
     if GOLD in rows:
         results[GOLD] = agreement(rows[GOLD])
         print(

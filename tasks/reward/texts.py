@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # What stands between prompt and answer for a causal model, which has no tokens for it.
 ANSWER = "\n\nassistant: "
+# Who says the first turn of a prompt, which people leave out where there is no other.
+SPEAKER = re.compile(r"^\s*(?:user|human|system|assistant): ?", re.IGNORECASE)
+USER = "user: "
 # Share of what stays of a part that is cut which is its beginning: a prompt says what to do first or last, an answer
 # shows in its first words what it is, and in its last ones whether it came to an end.
 PROMPT_HEAD, ANSWER_HEAD = 0.25, 0.75
@@ -62,7 +65,8 @@ def encode_texts(
     """Tokens of prompts with their answers, `[CLS] size prompt [SEP] answer [SEP]`, cut to a length.
 
     The prompt is cut first, and only when `least_prompt` tokens are left of it the answer. Both lose their middle. The
-    size is that of the whole answer, see `size_of`: a reader cannot tell it from what is left, nor well by attention.
+    size is that of the whole answer, see `size_of`: a reader cannot tell it from what is left, nor well by attention. A
+    prompt that names no speaker is the user's.
 
     Args:
         prompts: One for each answer.
@@ -89,7 +93,8 @@ def encode_texts(
             f"max_length={max_length} and least_prompt={least_prompt}: leave no room for an answer, or are negative."
         )
     # Equal prompts have several answers, and are cut up once.
-    whole_prompts = dict(zip(dict.fromkeys(prompts), _pieces(list(dict.fromkeys(prompts)), tokenizer), strict=True))
+    different = list(dict.fromkeys(prompts))
+    whole_prompts = dict(zip(different, _pieces([with_speaker(one) for one in different], tokenizer), strict=True))
     found = []
     for prompt, answer in zip(prompts, _pieces(answers, tokenizer), strict=True):
         asked = whole_prompts[prompt]
@@ -117,11 +122,16 @@ def encode_prompts(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerFast",
         after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     room = max_length - len(before) - len(after)
     found = []
-    for asked in _pieces(prompts, tokenizer):
+    for asked in _pieces([with_speaker(one) for one in prompts], tokenizer):
         left = without_middle(asked, room, PROMPT_HEAD)
         ids = [*before, *left, *after]
         found.append(Tokens(ids, [0] * len(ids), len(asked) - len(left)))
     return found
+
+
+def with_speaker(prompt: str) -> str:
+    """A prompt whose first turn says whose it is: the user's, where nobody is named."""
+    return prompt if SPEAKER.match(prompt) else USER + prompt
 
 
 def size_of(count: int) -> int:

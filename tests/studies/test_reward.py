@@ -172,7 +172,13 @@ def test_tables(folder):
     shares = [100 * np.mean(study.numbers(one["wanted"]) == study.numbers(one["routes"])) for one in routed]
     # Two pairs of each prompt.
     assert lines["dmoerm"]["router_acc"] == pytest.approx(np.mean(shares))
-    assert np.sum(found["routes"]["dmoerm"]["prompts"]) == len(set(study.numbers(routed[0]["prompts"])))
+    first, sent = routed[0], found["routes"]["dmoerm"]
+    # Of a category, pairs are counted by prompt and route.
+    for number, name in enumerate(first["categories"]):
+        own = study.numbers(first["category"]) == number
+        pairs = {*zip(study.numbers(first["prompts"])[own], study.numbers(first["routes"])[own], strict=True)}
+        counted = [sum(route == place for _, route in pairs) for place in range(len(first["groups"]))]
+        assert sent["prompts"][name] == counted, name
     places = study.numbers(row(folder, "judge.seed0")["places"])
     sampled = {line["method"]: line for line in found["sample"]}
     for name in ("judge", "layers-2", "single"):

@@ -20,6 +20,7 @@ from tasks.reward.texts import (
     is_blind_to_lines,
     pad,
     size_of,
+    with_speaker,
     without_middle,
 )
 from tests.helpers.bases import word_pieces
@@ -52,24 +53,37 @@ def words(tokenizer, ids):
 
 def test_the_prompt_is_cut_first_and_both_lose_their_middle(bases):
     tokenizer = load_tokenizer(bases["bert"])
-    prompt, answer = "how do i travel to", "take the train then the bus"
+    prompt, answer = "user: how do i travel to", "take the train then the bus"
     whole, tight, tighter = (
-        encode_texts([prompt], [answer], tokenizer, length, least)[0] for length, least in ((32, 2), (14, 2), (10, 2))
+        encode_texts([prompt], [answer], tokenizer, length, least)[0] for length, least in ((32, 2), (16, 2), (10, 2))
     )
     # Six tokens: 9 * log2(7) = 25.3.
-    assert words(tokenizer, whole.ids) == ["[CLS]", "25", *prompt.split(), "[SEP]", *answer.split(), "[SEP]"]
-    assert whole.types == [0] * 8 + [1] * 7 and whole.cut_prompt == whole.cut_answer == 0
-    found = ["[CLS]", "25", "how", "i", "travel", "to", "[SEP]", *answer.split(), "[SEP]"]
+    asked = ["user", ":", *prompt.split()[1:]]
+    assert words(tokenizer, whole.ids) == ["[CLS]", "25", *asked, "[SEP]", *answer.split(), "[SEP]"]
+    assert whole.types == [0] * 10 + [1] * 7 and whole.cut_prompt == whole.cut_answer == 0
+    found = ["[CLS]", "25", "user", ":", "do", "i", "travel", "to", "[SEP]", *answer.split(), "[SEP]"]
     assert words(tokenizer, tight.ids) == found
     assert (tight.cut_prompt, tight.cut_answer) == (1, 0)
     # Two tokens of the prompt stay, and only then is the answer cut.
     found = ["[CLS]", "25", "travel", "to", "[SEP]", "take", "the", "train", "bus", "[SEP]"]
     assert words(tokenizer, tighter.ids) == found and tighter.types == [0] * 5 + [1] * 5
-    assert (tighter.cut_prompt, tighter.cut_answer) == (3, 2)
+    assert (tighter.cut_prompt, tighter.cut_answer) == (5, 2)
     (alone,) = encode_prompts([prompt], tokenizer, 6)
-    assert words(tokenizer, alone.ids) == ["[CLS]", "how", "i", "travel", "to", "[SEP]"]
+    assert words(tokenizer, alone.ids) == ["[CLS]", "user", "i", "travel", "to", "[SEP]"]
     with pytest.raises(ValueError, match="no room"):
         encode_texts([prompt], [answer], tokenizer, 8, 4)
+
+
+def test_a_prompt_that_names_no_speaker_is_the_users(bases):
+    tokenizer = load_tokenizer(bases["bert"])
+    for prompt, said in (
+        ("how do i", "user: how do i"),
+        ("Human: how", "Human: how"),
+        ("the user: i", "user: the user: i"),
+    ):
+        assert encode_texts([prompt], ["take"], tokenizer) == encode_texts([said], ["take"], tokenizer)
+        assert encode_prompts([prompt], tokenizer) == encode_prompts([said], tokenizer)
+        assert (with_speaker(prompt), with_speaker(said)) == (said, said)
 
 
 def test_sizes_rise_with_the_length_and_end_at_two_digits():
@@ -84,7 +98,8 @@ def test_a_tokenizer_that_drops_line_ends_reads_a_mark_for_them():
     assert is_blind_to_lines(blind) and not is_blind_to_lines(unmarked)
     for tokenizer, mark in ((blind, [LINE]), (unmarked, [])):
         (text,) = encode_texts(["first"], [" \n first line \n\n second line\n"], tokenizer)
-        assert words(tokenizer, text.ids)[4:-1] == [*lines[0].split(), *mark, *lines[1].split()]
+        answer = [token for token, second in zip(text.ids, text.types, strict=True) if second]
+        assert words(tokenizer, answer[:-1]) == [*lines[0].split(), *mark, *lines[1].split()]
 
 
 @pytest.mark.parametrize("room", [0, 1, 5, 9, 10, 20])
@@ -96,9 +111,9 @@ def test_what_stays_are_beginning_and_end(room):
 
 def test_a_causal_model_reads_prompt_and_answer_in_turn(bases):
     tokenizer = load_tokenizer(bases["llama"])
-    (text,) = encode_texts(["how do i travel to"], ["take the train"], tokenizer, 32, 2)
+    (text,) = encode_texts(["user: how do i travel to"], ["take the train"], tokenizer, 32, 2)
     found = words(tokenizer, text.ids)
-    assert found[:7] == ["<s>", "18", "how", "do", "i", "travel", "to"]
+    assert found[:9] == ["<s>", "18", "user", ":", "how", "do", "i", "travel", "to"]
     assert found[-4:] == ["take", "the", "train", "</s>"]
     assert text.types == [0] * (len(found) - 4) + [1] * 4, "no base reads them, heads' means do"
 
