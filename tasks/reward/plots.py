@@ -7,18 +7,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.reward.best_of_n import Curve
-from tasks.reward.evaluate import Report
+from tasks.reward.evaluate import POOLED, Report
 from zoo.report import PALETTE, plot_style, save_figure
 
-# Inches of a bar, and of the gap between two groups of them.
-BAR, GAP = 0.2, 0.35
+# Inches of a model's line, and of the gap between two bands of them.
+LINE, GAP = 0.09, 0.12
 CHANCE = 50
 
 
 def plot_consistency(
     report: Report, path: str | Path, models: Sequence[str] | None = None, keys: Sequence[str] | None = None
 ) -> Path:
-    """Draw the consistency of several models, one group of bars per metric, with 95 % intervals over prompts and seeds.
+    """Draw the consistency of several models, a band per metric, with 95 % intervals over prompts and seeds.
 
     Args:
         report: What to draw.
@@ -29,29 +29,31 @@ def plot_consistency(
     from matplotlib.figure import Figure
 
     models, keys = list(models or report.scores), list(keys or report.metric_names())
-    width = BAR / (BAR * len(models) + GAP)
+    band = LINE * len(models) + GAP
     with plot_style():
-        figure = Figure(figsize=(max(1.5 + len(keys) * (BAR * len(models) + GAP), 6), 4.8))
+        figure = Figure(figsize=(8, 1.6 + band * len(keys)))
         axes = figure.subplots()
         places = np.arange(len(keys))
         for number, model in enumerate(models):
             mean, low, high = np.array([report.interval(model, key) for key in keys]).T
-            at = places + (number - (len(models) - 1) / 2) * width
-            axes.bar(at, mean, width, color=PALETTE[number % len(PALETTE)], label=model)
-            axes.errorbar(at, mean, [mean - low, high - mean], fmt="none", ecolor="0.2", elinewidth=1)
-        axes.axhline(CHANCE, color="0.5", linewidth=1, linestyle="--")
-        axes.set_xticks(places, [_in_words(key, report) for key in keys], rotation=45, ha="right")
-        axes.set_xlim(-0.5, len(keys) - 0.5)
-        axes.set_ylim(30, 100)
-        axes.set_ylabel("pairs ranked as people do (%)")
-        axes.set_title("Consistency; lines are 95 % intervals over prompts and seeds, dashed is chance", loc="left")
-        figure.legend(loc="outside lower center", ncols=min(len(models), 7))
+            at = places + (number - (len(models) - 1) / 2) * LINE / band
+            colour = PALETTE[number % len(PALETTE)]
+            axes.errorbar(mean, at, xerr=[mean - low, high - mean], fmt="o", color=colour, markersize=4, label=model)
+        for place in places[::2]:
+            axes.axhspan(place - 0.5, place + 0.5, color="0.95", zorder=0)
+        axes.axvline(CHANCE, color="0.5", linewidth=1, linestyle="--")
+        axes.set_yticks(places, [_in_words(key, report) for key in keys])
+        axes.set_ylim(len(keys) - 0.5, -0.5)
+        axes.set_xlim(20, 100)
+        axes.set_xlabel("pairs ranked as people do (%)")
+        figure.suptitle("Consistency, with 95 % intervals over prompts and seeds; dashed is chance")
+        figure.legend(loc="outside lower center", ncols=min(len(models), 4))
         return save_figure(figure, path)
 
 
 def _in_words(key: str, report: Report) -> str:
     name, _, rest = key.rpartition("/")
-    words = name if name else rest.replace("_", " ")
+    words = name or rest.removeprefix(POOLED).replace("_", " ").strip() or "all"
     return f"{words} (n={len(report.subsets[key]):,})"
 
 
