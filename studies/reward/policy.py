@@ -204,13 +204,19 @@ def rated(options: argparse.Namespace, proxy: str, seeds: Sequence[int]) -> list
     return [np.stack([numbers(of) for of in prompt]) for prompt in zip(*rows, strict=True)]
 
 
+def in_units(rewards: Sequence[Array]) -> list[Array]:
+    """Rewards `(seeds, N)` of each prompt's answers above their mean, in units by which those of a prompt vary."""
+    scale = np.mean([of.std(axis=1, keepdims=True) for of in rewards], axis=0)
+    return [(of - of.mean(axis=1, keepdims=True)) / scale for of in rewards]
+
+
 def compare_picks(options: argparse.Namespace, answers: Mapping[str, Sequence[str]], gold: list[Array]) -> Row:
     """Best-of-n of all proxies on the same answers: a line per n, and how much the first is above the others."""
     sizes = [2**power for power in range(options.answers.bit_length()) if 2**power <= options.answers]
-    rewards = {name: rated(options, name, options.seeds) for name in options.proxies}
+    rewards = {name: in_units(rated(options, name, options.seeds)) for name in options.proxies}
     for name in (LONGER, RANDOM):
         rater = Rater(options, name, [0])
-        rewards[name] = [rater(prompt, of)[None] for prompt, of in answers.items()]
+        rewards[name] = in_units([rater(prompt, of)[None] for prompt, of in answers.items()])
     curves = {name: best_of_n_curve(of, gold, sizes) for name, of in rewards.items()}
     plot_best_of_n(curves, options.folder / "best_of_n.png")
     most = [sizes[-1]]
@@ -338,11 +344,9 @@ def write_tables(options: argparse.Namespace) -> None:
     answers = draw_answers(options)
     rate_missing(options, answers)
     raw = [of.mean(axis=0) for of in rated(options, GOLD, options.gold)]
-    # On a scale on which the answers to a prompt vary by 1.
     scale = float(np.mean([of.std() for of in raw]))
-    gold = [of / scale for of in raw]
-    results = compare_picks(options, answers, gold)
-    results["distillation"] = distil_table(options, np.array([of.mean() for of in gold]), scale)
+    results = compare_picks(options, answers, [of[0] for of in in_units([of[None] for of in raw])])
+    results["distillation"] = distil_table(options, np.array([of.mean() for of in raw]) / scale, scale)
     print_table("Best of n: gold reward of the pick", results["curves"])
     print_table(f"Best of {options.answers}: differences of gold rewards", results["differences"])
     print_table("Distillation: rise of the gold reward", results["distillation"])

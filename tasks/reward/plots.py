@@ -86,10 +86,11 @@ def plot_routes(matrix: NDArray[np.int64], names: Sequence[str], path: str | Pat
 
 
 def plot_best_of_n(curves: Mapping[str, Curve], path: str | Path) -> Path:
-    """Draw the gold reward and the proxy's own against KL, a line per proxy; shaded are 95 % intervals over prompts.
+    """Draw the gold reward and the proxy's own against KL, a line per proxy.
 
     Args:
-        curves: By the proxy's name.
+        curves: By the proxy's name, in deviations of the answers to a prompt; the first one's 95 % interval over
+            prompts is shaded.
         path: File to write.
     """
     from matplotlib.figure import Figure
@@ -98,15 +99,15 @@ def plot_best_of_n(curves: Mapping[str, Curve], path: str | Path) -> Path:
         figure = Figure(figsize=(11, 4.6))
         left, right = figure.subplots(1, 2)
         for number, (name, curve) in enumerate(curves.items()):
-            colour = PALETTE[number % len(PALETTE)]
-            left.plot(curve.kl, curve.gold, "o-", color=colour, label=name)
-            left.fill_between(curve.kl, curve.low, curve.high, color=colour, alpha=0.12)
-            right.plot(curve.kl, curve.proxy, "o-", color=colour)
-        left.set_ylabel("gold reward of the pick")
-        left.set_title("What the pick is worth", loc="left")
-        right.set_ylabel("proxy reward of the pick (each on its own scale)")
+            look = {"color": PALETTE[number % len(PALETTE)], "linestyle": "-" if number < len(PALETTE) else ":"}
+            left.plot(curve.kl, curve.gold, marker="o", markersize=4, label=name, **look)
+            right.plot(curve.kl, curve.proxy, marker="o", markersize=4, **look)
+        shown, first = next(iter(curves.items()))
+        left.fill_between(first.kl, first.low, first.high, color=PALETTE[0], alpha=0.15)
+        left.set_ylabel("gold reward of the pick (std of answers)")
+        left.set_title(f"What the pick is worth (shaded: 95 % of {shown})", loc="left")
+        right.set_ylabel("proxy reward of the pick (std of answers)")
         right.set_title("What the proxy takes it for", loc="left")
-        first = next(iter(curves.values()))
         for axes in (left, right):
             axes.set_xlabel("KL from the policy (nats), ln n - (n - 1) / n")
             above = axes.secondary_xaxis("top")
