@@ -586,17 +586,18 @@ def rows_of(report: Report) -> int:
 
 
 def release(options: argparse.Namespace) -> Path:
-    """One run as a checkpoint in half precision, whose metadata hold the results of all other methods."""
+    """One run as a checkpoint in half precision, whose metadata hold the results of the baselines."""
     one = Run(options.release, options.seed)
     folder = find_run(checkpoint(options, one), one.method, one.seed)
-    report = make_report(read_rows(options))
+    rows = {name: of for name, of in read_rows(options).items() if name in (one.method, *BASELINES)}
+    report = make_report(rows)
     rivals = {
         f"{name.replace('/', '-')}/{key}": value
         for name in (report.scores if report else ())
         if name not in (one.method, LONGER)
         for key, value in report.metrics(name).items()  # type: ignore[union-attr]
     }
-    results = [result_of("studies.reward.study", options, rivals)]
+    results = [result_of("studies.reward.study", options, rivals, rows)]
     card = replace(hub.info(folder).card, results=results, verdict=verdict(report, one.method), **TERMS)
     return save_released(load_network(options, one), folder, options.out, card)
 
