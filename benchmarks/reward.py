@@ -117,6 +117,8 @@ def main() -> None:
     parser.add_argument("--batch", default="16x256", help="texts x tokens")
     parser.add_argument("--experts", type=int, default=5, help="T, capability experts")
     options = parser.parse_args()
+    if sizes(options.batch)[0] % 2:
+        parser.error(f"--batch {options.batch}: texts come in pairs, so that there must be an even number of them")
     with tempfile.TemporaryDirectory() as base:
         save_base(base)
         row = measure(base, options.batch, options.experts, options.rounds)
