@@ -44,7 +44,7 @@ def plot_consistency(
         axes.axvline(CHANCE, color="0.5", linewidth=1, linestyle="--")
         axes.set_yticks(places, [_in_words(key, report) for key in keys])
         axes.set_ylim(len(keys) - 0.5, -0.5)
-        axes.set_xlim(20, 100)
+        axes.set_xlim(-1, 101)
         axes.set_xlabel("pairs ranked as people do (%)")
         figure.suptitle("Consistency, with 95 % intervals over prompts and seeds; dashed is chance")
         figure.legend(loc="outside lower center", ncols=min(len(models), 4))
