@@ -96,9 +96,11 @@ SHARE = 0.1
 LAST_RATE, DECAY = 5e-2, 0.3
 # Of the gate, which is drawn at random but for its last layer; it is held to its start as much.
 GATE_RATE, GATE_EPOCHS = 1e-3, 4
-RANK, CAPABILITY_RANK, GENERAL_RANK = 16, 7, 10
+RANK, CAPABILITY_RANK, GENERAL_RANK, GENERAL_MEMBERS = 16, 4, 10, 4
+# How much the general expert counts beside the inner models.
+GENERAL_WEIGHT = 1.5
 # A DMoERM without a general expert, as large.
-NO_GENERAL: dict[str, Any] = {"general_rank": 0, "capability_rank": 8}
+NO_GENERAL: dict[str, Any] = {"general_rank": 0, "general_members": 1, "general_weight": 1.0, "capability_rank": 8}
 # At which one LoRA, and one of five, has as many parameters as learn in DMoERM: its expert of the preference does not.
 EQUAL_RANK, MEMBER_RANK = 153, 31
 
@@ -126,7 +128,11 @@ def dmoerm(
     counts = {phase: count for phase, count in {**EPOCHS, **(epochs or {})}.items() if count}
     aggregation = {"aggregate": "score", "aggregate_dim": 0, "aggregate_decay": DECAY}
     experts = {"capabilities": CAPABILITIES, "share_capabilities": True, "capability_rank": CAPABILITY_RANK}
-    general = {"general_rank": GENERAL_RANK}
+    general = {
+        "general_rank": GENERAL_RANK,
+        "general_members": GENERAL_MEMBERS,
+        "general_weight": GENERAL_WEIGHT,
+    }
     chosen = {"groups": GROUPS, "head_decay": head_decay, **experts, **general, **aggregation, **network}
     last = {phase: last_lr for phase in ("weigh", "aggregate") if phase in counts}
     rates = {"lr": lr, "head_lr": HEAD_RATE, "phase_lr": last}
@@ -207,7 +213,7 @@ def in_layers(what: str, layers: int) -> Method:
 
 GOLD = "gold"
 METHODS: dict[str, Method] = {
-    "dmoerm": dmoerm("DMoERM: four inner models, ten capability experts and a general one"),
+    "dmoerm": dmoerm("DMoERM: four inner models, ten capability experts and a general one of four members"),
     "six-groups": dmoerm("six inner models", groups=SIX_GROUPS),
     "no-capabilities": dmoerm(
         "its task models alone, from all pairs",
@@ -215,25 +221,28 @@ METHODS: dict[str, Method] = {
         share=0.0,
         capabilities=None,
         share_capabilities=False,
-        general_rank=0,
         aggregate_decay=0.0,
+        **NO_GENERAL,
     ),
     "own-experts": dmoerm(
         "each inner model has four capability experts of its own",
         capabilities=OWN_CAPABILITIES,
         share_capabilities=False,
-        capability_rank=4,
+        capability_rank=3,
+        general_rank=8,
     ),
     "hidden": dmoerm(
         "an MLP combines last states in place of scores",
-        {"joint": 0, "weigh": 0},
+        {"weigh": 0},
         last_lr=1e-4,
         aggregate="hidden",
         aggregate_dim=4,
         aggregate_decay=0.0,
-        **NO_GENERAL,
     ),
     "no-general": dmoerm("it has no general expert", {"joint": 0}, **NO_GENERAL),
+    "one-member": dmoerm(
+        "its general expert is one LoRA, as large", general_members=1, general_rank=GENERAL_MEMBERS * GENERAL_RANK
+    ),
     "no-weighing": dmoerm("its aggregation starts from the preference alone", {"weigh": 0}),
     "mlp": dmoerm("an MLP combines its scores", {"weigh": 0}, last_lr=RATE, aggregate_dim=16, aggregate_decay=0.0),
     "random-start": dmoerm(
@@ -332,6 +341,7 @@ PAIRS = (
     ("dmoerm", "own-experts"),
     ("dmoerm", "hidden"),
     ("dmoerm", "no-general"),
+    ("dmoerm", "one-member"),
     ("dmoerm", "no-weighing"),
     ("dmoerm", "mlp"),
     ("dmoerm", "random-start"),

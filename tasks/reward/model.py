@@ -1,8 +1,7 @@
 """DMoERM, a double-layer mixture of experts as a reward model (Quan 2024, arXiv 2403.01197).
 
 Plain torch. B texts (a prompt and an answer each) of L tokens, D the base's width, W = 3 D what a head reads (see
-`tasks.reward.backbone`), G groups of categories, each with an inner model, T capabilities, S scores: one of each
-capability, and one of the general expert if there is one.
+`tasks.reward.backbone`), G groups of categories, each with an inner model, T capabilities.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -71,18 +70,13 @@ class InnerModel(nn.Module):
     Attributes:
         task: LoRA and head of phase 1, one expert.
         mixture: The capability experts; what they make of a text is concatenated. None without capabilities.
-        general: The expert of all inner models, if there is one: what people prefer, whatever the category.
         own: Places of the expert of the preference, if there is one.
-        preferring: Places of the S scores that have learned what people prefer: `own` and the last, if that is the
-            general expert's.
-        score_count: S, the T scores of the capability experts and that of the general one.
-        units: Of these scores, as they were when `weigh`, or without it the aggregation, began to learn.
-        weights: `(S,)`, how much each score counts, as `weigh` has found it; None where no linear map reads scores.
+        units: Of the experts' scores, as they were when `weigh`, or without it the aggregation, began to learn.
+        weights: `(T,)`, how much each score counts, as `weigh` has found it; None where no linear map reads scores.
         combine: Maps these states, or the experts' scores in their units, to the reward: an MLP, or a linear map.
     """
 
     own: Tensor
-    preferring: Tensor
 
     def __init__(
         self,
@@ -93,31 +87,25 @@ class InnerModel(nn.Module):
         width: int,
         aggregate: str,
         shared: bool = False,
-        general: LoraExperts | None = None,
     ) -> None:
         """Put it together; see `DMoERM`."""
         super().__init__()
         own = [place for place, name in enumerate(names) if name == PREFERENCE_ITSELF]
-        preferring = own if general is None else [*own, len(names)]
         self.register_buffer("own", torch.tensor(own, dtype=torch.long), persistent=False)
-        self.register_buffer("preferring", torch.tensor(preferring, dtype=torch.long), persistent=False)
-        # In a tuple, as it is a part of the whole.
-        self.general = () if general is None else (general,)
         self.finish = finish
         self.task = task
         self.aggregate = aggregate
         self.mixture: MoELayer | None = None
         self.weights: nn.Parameter | None = None
         if experts is not None:
-            self.score_count = experts.count + len(self.general)
-            self.units = Units(self.score_count)
+            self.units = Units(experts.count)
             if aggregate == "score" and not width:
-                self.weights = nn.Parameter(torch.zeros(self.score_count))
+                self.weights = nn.Parameter(torch.zeros(experts.count))
             parts: Any = CapabilityExperts(finish, task, experts, shared)
             self.mixture = MoELayer(DenseRouter(experts.count), parts, combine="concat")
             last, means = (part.shape[1] for part in split_read(experts.head))
             # The means are the same under all experts.
-            inputs = experts.count * last + means if aggregate == "hidden" else self.score_count
+            inputs = experts.count * last + means if aggregate == "hidden" else experts.count
             self.combine: nn.Module = nn.Linear(inputs, 1, bias=False)
             if width:
                 self.combine = nn.Sequential(nn.Linear(inputs, width), nn.PReLU(), nn.Linear(width, 1))
@@ -147,39 +135,34 @@ class InnerModel(nn.Module):
         """The capability experts' rewards `(B, T)`."""
         return (self.states(streams) * self.heads).sum(-1)
 
-    def scores(self, streams: Streams) -> Tensor:
-        """These and, if there is one, the general expert's, `(B, S)`."""
-        own = self.capability_scores(streams)
-        return torch.cat([own, *(one.scores(self.finish(streams, (one,))) for one in self.general)], dim=1)
-
     def weighed(self, scores: Tensor) -> Tensor:
-        """What the scores `(B, S)` of those say that have not learned what people prefer, `(B,)`."""
+        """What the scores `(B, T)` of those say that have not learned what people prefer, `(B,)`."""
         if self.weights is None:
             raise ValueError("This inner model has no linear map of its experts' scores.")
-        return (self.units(scores) * self.weights.index_fill(0, self.preferring, 0)).sum(1)
+        return (self.units(scores) * self.weights.index_fill(0, self.own, 0)).sum(1)
 
     def start(self) -> Tensor:
-        """The linear map that is the mean score of what has learned the preference, or without any of all experts.
+        """The linear map that is the score of the expert of the preference, or without one the mean of all.
 
         After `weigh` it is the mean of that and of what it has learned that the other experts say.
         """
-        experts = self.preferring.tolist() or list(range(self.score_count))
-        weights = self.units.value.new_zeros(self.score_count)
+        experts = self.own.tolist() or list(range(self.experts.count))
+        weights = self.units.value.new_zeros(self.experts.count)
         weights[experts] = 1 / len(experts)
         if self.weights is not None and self.weights.any():
-            return (weights * self.units.value + self.weights.index_fill(0, self.preferring, 0)) / 2
+            return (weights * self.units.value + self.weights.index_fill(0, self.own, 0)) / 2
         if self.aggregate == "score":
             return weights * self.units.value
         last, means = split_read(weights[:, None] * self.heads)
         return torch.cat([last.flatten(), means.sum(0)])
 
     def distance(self) -> Tensor:
-        """The squared distance of a linear map of scores from its start, but for the weights of the preference's.
+        """The squared distance of a linear map of scores from its start, but for the weight of the preference's.
 
         What has learned from few pairs is too sure of these, so that its weight has to be free to fall.
         """
         moved: Tensor = self.combine.weight[0] - self.start().detach()  # type: ignore[operator,union-attr]
-        return moved.index_fill(0, self.preferring, 0).square().sum()
+        return moved.index_fill(0, self.own, 0).square().sum()
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -200,28 +183,32 @@ class InnerModel(nn.Module):
         second.weight[0, :2] = torch.tensor([slope, -slope])
 
     def forward(self, streams: Streams) -> Tensor:
-        """The reward and, after it, the experts' scores, `(B, 1 + S)`."""
+        """The reward and, after it, the experts' scores, `(B, 1 + T)`."""
         if self.mixture is None:
             return self.task_rewards(streams)[:, None]
         return self.aggregated(self.digest(streams))
 
     def digest(self, streams: Streams) -> Tensor:
-        """What the aggregation reads, which is nothing if it reads scores alone, and the scores: `(B, X + S)`."""
+        """What the aggregation reads, which is nothing if it reads scores alone, and the scores: `(B, X + T)`."""
         if self.aggregate == "score":
-            return self.scores(streams)
+            return self.capability_scores(streams)
         states = self.states(streams)
         last, means = split_read(states)
         return torch.cat([last.flatten(1), means[:, 0], (states * self.heads).sum(-1)], dim=1)
 
     def aggregated(self, digest: Tensor) -> Tensor:
-        """The reward and the scores, `(B, 1 + S)`, of a digest."""
-        read, scores = digest.split([digest.shape[1] - self.score_count, self.score_count], dim=1)
+        """The reward and the scores, `(B, 1 + T)`, of a digest."""
+        count = self.experts.count
+        read, scores = digest.split([digest.shape[1] - count, count], dim=1)
         reward = self.combine(self.units(scores) if self.aggregate == "score" else read)
         return torch.cat([reward, scores], dim=1)
 
 
 class DMoERM(Backbone):
     """A sparse router sends a text by its prompt to one inner model, in which a dense mixture finds its reward.
+
+    A general expert, if there is one, is always on, as the shared experts of DeepSeekMoE (Dai et al. 2024, arXiv
+    2401.06066): what it says is added to what the inner model says, so that less depends on the route.
 
     The phases, each of which leaves everything else byte-identical:
 
@@ -233,7 +220,8 @@ class DMoERM(Backbone):
       (or, where all inner models share them, of the mean of theirs);
     - `weigh`: how much each capability counts, where a linear map combines scores (not in the paper). Their experts
       learn nothing of what people prefer, so that all pairs may teach it, but not how much a task model's word counts;
-    - `aggregate`: the MLP, or a linear map, learns the pairs, all experts frozen.
+    - `aggregate`: the MLP, or a linear map, learns the pairs, all experts frozen; and, apart from it, how sure the
+      general expert may be of what it says.
 
     With one group and no capabilities it is a single reward model with one LoRA: the twin.
     """
@@ -253,6 +241,8 @@ class DMoERM(Backbone):
         capability_rank: int = 8,
         share_capabilities: bool = False,
         general_rank: int = 0,
+        general_members: int = 1,
+        general_weight: float = 1.0,
         aggregate: Literal["hidden", "score"] = "hidden",
         aggregate_dim: int = 64,
         aggregate_start: Literal["preference", "random"] = "preference",
@@ -275,16 +265,17 @@ class DMoERM(Backbone):
             capability_rank: Their rank.
             share_capabilities: Whether all inner models have the same experts, which then learn from all pairs; how
                 they are combined, and the task model below them, stays each one's own.
-            general_rank: Rank of the LoRA of a general expert, always on whatever the route, as the shared experts of
-                DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066): it learns what people prefer from all groups' pairs,
-                and each inner model combines its score with those of the capability experts, so that less depends on
-                the route. 0 is without.
+            general_rank: Rank of the LoRAs of a general expert, which learns what people prefer from all groups' pairs.
+                0 is without.
+            general_members: How many LoRAs it has, which learn the same and differ by how they start: what it says is
+                the mean of what they say, which errs less than they do.
+            general_weight: How much what it says counts beside what the inner model says.
             aggregate: Whether what combines them reads the experts' last states and the text's means (the released
                 code: last states) or their scores.
             aggregate_dim: Its hidden width, at least 2; the released code has D. 0 is a linear map in place of an MLP.
-            aggregate_start: How it begins its phase: as the score of the expert of the capability `preference`, or its
-                mean with that of the general expert, or without both the mean of all scores; after `weigh` halfway
-                between that and what the other experts say; or at random (the released code).
+            aggregate_start: How it begins its phase: as the score of the expert of the capability `preference`, or
+                without one the mean of all scores; after `weigh` halfway between that and what the other experts say;
+                or at random (the released code).
             aggregate_decay: Weight of the squared distance of a linear map of scores from its start in the loss of its
                 phase, so that few pairs of a rare kind move it less; how loud what has learned the preference is stays
                 free.
@@ -327,6 +318,8 @@ class DMoERM(Backbone):
         self.capability_rank = capability_rank
         self.share_capabilities = share_capabilities
         self.general_rank = general_rank
+        self.general_members = general_members
+        self.general_weight = general_weight
         self.aggregate = aggregate
         self.aggregate_dim = aggregate_dim
         self.aggregate_start = aggregate_start
@@ -336,10 +329,16 @@ class DMoERM(Backbone):
         self.prompt_body = nn.Sequential(nn.Linear(self.prompt_width, router_dim), nn.GELU())
         self.general: LoraExperts | None = None
         if general_rank:
-            rule = f"is 0 or more, and takes capabilities, of which none is called {GENERAL!r}, and aggregate='score'"
-            fits = self.capability_names and GENERAL not in self.capability_names and aggregate == "score"
+            rule = f"is 0 or more, and takes capabilities, of which none is called {GENERAL!r}"
+            fits = self.capability_names and GENERAL not in self.capability_names
             require(general_rank > 0 and bool(fits), "general_rank", general_rank, rule)
-            self.general = self.lora_experts(1, general_rank, layers=task_layers)
+            require(general_members >= 1, "general_members", general_members, "must be at least 1")
+            self.general = self.lora_experts(general_members, general_rank, layers=task_layers)
+            # What has learned from few pairs is too sure of them: `aggregate` finds out on others by how much.
+            self.general_scale = nn.Parameter(torch.ones(()))
+            if general_members > 1:
+                # Heads that start at zero would leave members alike in all but A.
+                nn.init.normal_(self.general.head, std=self.width**-0.5)
         self.shared: LoraExperts | None = None
         if share_capabilities:
             count = len(self.capability_names)
@@ -361,7 +360,7 @@ class DMoERM(Backbone):
         experts, shared = self.shared, self.shared is not None
         if names and experts is None:
             experts = self.lora_experts(len(names), self.capability_rank, layers=self.capability_layers)
-        return InnerModel(self.finish, task, experts, names, self.aggregate_dim, self.aggregate, shared, self.general)
+        return InnerModel(self.finish, task, experts, names, self.aggregate_dim, self.aggregate, shared)
 
     @property
     def joint_experts(self) -> LoraExperts:
@@ -378,6 +377,16 @@ class DMoERM(Backbone):
         logits: Tensor = self.outer.router(self.prompt_body(prompts)).router_logits
         return logits
 
+    def general_scores(self, streams: Streams) -> Tensor:
+        """What the general expert says, the mean of its members, `(B, 1)`; nothing, `(B, 0)`, without one."""
+        if self.general is None:
+            return streams[2].new_zeros(len(streams[2]), 0)
+        return self.general.scores(self.finish(streams, (self.general,))).mean(1, keepdim=True)
+
+    def add_general(self, inner: Tensor, general: Tensor) -> Tensor:
+        """The rewards `(B,)`, of those of the inner models and what `general_scores` gives."""
+        return inner if self.general is None else inner + self.general_weight * self.general_scale * general[:, 0]
+
     def score_names(self, route: int) -> list[str]:
         """The capabilities of an inner model, and the general expert."""
         return self.names[route] if self.general is None else [*self.names[route], GENERAL]
@@ -392,7 +401,8 @@ class DMoERM(Backbone):
             known = torch.where(inputs.groups >= 0, inputs.groups, route)
             used = forced(known, len(self.groups))
         out = self.outer(inputs.streams, router_input=features, routing=used)
-        return Reading(out[:, 0], out[:, 1:], route)
+        general = self.general_scores(inputs.streams)
+        return Reading(self.add_general(out[:, 0], general), torch.cat([out[:, 1:], general], dim=1), route)
 
     @property
     def reads_prompts(self) -> bool:
@@ -431,7 +441,8 @@ class DMoERM(Backbone):
         with_experts = [model for model in self.inner if model.mixture is not None]
         parts = [model.experts if phase == CAPABILITY else model.combine for model in with_experts]
         # Shared ones once.
-        return list(dict.fromkeys(parameter for part in parts for parameter in part.parameters()))
+        found = list(dict.fromkeys(parameter for part in parts for parameter in part.parameters()))
+        return found + ([self.general_scale] if phase == AGGREGATE and self.general is not None else [])
 
     @torch.no_grad()
     def begin(self, phase: str) -> None:
@@ -458,43 +469,51 @@ class DMoERM(Backbone):
             logits, wanted = self.route(inputs.prompts[:pairs]), inputs.groups[:pairs]
             return nn.functional.cross_entropy(logits, wanted), logits.argmax(1) == wanted
         if phase == CAPABILITY:
-            scores = self.by_group(inputs.groups, inputs.streams, InnerModel.scores)
+            scores = self.by_group(inputs.groups, inputs.streams, InnerModel.capability_scores)
             chosen, rejected = scores[:pairs], scores[pairs:]
             # Groups have capabilities of their own: the loss is that of each group's, added up.
             groups = inputs.groups[:pairs]
             wanted = preferences.gather(1, self.columns[groups])
-            # The general expert, whose score is the last, learns no capability.
-            known = wanted.shape[1]
-            right = ((chosen - rejected)[:, :known] * wanted > 0)[wanted != 0]
+            right = ((chosen - rejected) * wanted > 0)[wanted != 0]
             losses = []
             for number in groups.unique().tolist():
                 rows = groups == number
                 if torch.is_grad_enabled():
                     self.inner[number].units.follow(chosen[rows] - rejected[rows])
-                losses.append(capability_loss(chosen[rows, :known], rejected[rows, :known], wanted[rows]))
+                losses.append(capability_loss(chosen[rows], rejected[rows], wanted[rows]))
             return torch.stack(losses).sum(), right
         if phase == JOINT:
-            rewards = self.joint_experts.scores(self.finish(inputs.streams, (self.joint_experts,)))[:, 0]
+            rewards = self.joint_experts.scores(self.finish(inputs.streams, (self.joint_experts,)))
+            total = rewards.sum(1)
         elif phase == TASK:
-            rewards = self.by_group(inputs.groups, inputs.streams, InnerModel.task_rewards)
+            total = self.by_group(inputs.groups, inputs.streams, InnerModel.task_rewards)
+            rewards = total[:, None]
         else:
             digest = self.digest(phase, inputs) if inputs.digest is None else inputs.digest
-            ask = ask_weighed if phase == WEIGH else ask_aggregated
-            rewards = self.by_group(inputs.groups, (digest,), ask)
-        loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:])
+            count = int(self.general is not None)
+            inner, general = digest.split([digest.shape[1] - count, count], dim=1)
+            total = self.by_group(inputs.groups, (inner,), ask_weighed if phase == WEIGH else ask_aggregated)
+            rewards = total[:, None]
+            if phase == AGGREGATE and self.general is not None:
+                rewards = torch.cat([rewards, self.general_scale * general], dim=1)
+                total = self.add_general(total, general)
+        # Members of the general expert, or it and the inner models, learn apart: their losses are added up.
+        loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:]) * rewards.shape[1]
         learning = [self.inner[number] for number in inputs.groups.unique().tolist()]
         if phase in (JOINT, TASK):
             experts = [self.joint_experts] if phase == JOINT else [model.task for model in learning]
             loss = loss + self.head_decay * torch.stack([of.head.square().sum() for of in experts]).mean()
         elif phase == AGGREGATE and self.aggregate_decay:
             loss = loss + self.aggregate_decay * torch.stack([model.distance() for model in learning]).mean()
-        return loss, rewards[:pairs] > rewards[pairs:]
+        return loss, total[:pairs] > total[pairs:]
 
     @torch.no_grad()
     def digest(self, phase: str, inputs: Inputs) -> Tensor | None:
         """What combines experts reads; see `Backbone.digest`."""
-        reads = phase in (WEIGH, AGGREGATE)
-        return self.by_group(inputs.groups, inputs.streams, InnerModel.digest) if reads else None
+        if phase not in (WEIGH, AGGREGATE):
+            return None
+        inner = self.by_group(inputs.groups, inputs.streams, InnerModel.digest)
+        return torch.cat([inner, self.general_scores(inputs.streams)], dim=1)
 
     def by_group(self, groups: Tensor, parts: tuple[Tensor, ...], ask: Callable[[InnerModel, Any], Tensor]) -> Tensor:
         """What each text's own inner model answers, `(B, ...)`.

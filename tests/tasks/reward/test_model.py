@@ -219,7 +219,7 @@ def step(model, phase, inputs, preferences, steps=3):
 @pytest.mark.parametrize("aggregate", ["hidden", "score"])
 def test_each_phase_leaves_all_else_byte_identical(bases, aggregate, shared):
     linear = aggregate == "score"
-    general = 4 if linear and shared else 0
+    general = 4 if shared else 0
     model = dmoerm_of(bases["bert"], aggregate, linear, share_capabilities=shared, general_rank=general)
     found = texts()
     inputs = inputs_of(model, found, [0, 1, 1, 0, 1, 1])
@@ -441,41 +441,81 @@ def test_weights_of_capabilities_are_learned_without_the_preferences_word(bases)
         dmoerm_of(bases["bert"], "score", False).inner[0].weighed(torch.zeros(1, 2))
 
 
-def test_a_general_expert_reads_all_texts_and_learns_from_all_groups(bases):
+@pytest.mark.parametrize("members", [1, 3])
+def test_a_general_expert_is_added_to_all_inner_models_and_learns_from_all_groups(bases, members):
     names = ["length", "preference"]
-    model = stir(dmoerm_of(bases["bert"], "score", True, names, general_rank=4)).eval()
+    general = {"general_rank": 4, "general_members": members, "general_weight": 1.5}
+    model = stir(dmoerm_of(bases["bert"], "score", True, names, **general)).eval()
     found = texts()
     inputs = inputs_of(model, found, ROUTES)
     with torch.no_grad():
+        model.general_scale.fill_(0.7)
         reading = model.read(inputs, oracle=True)
-        state = peft_state(bases["bert"], found, [matrices(model, model.general, 0)])
-        read = torch.cat([state, inputs.means], dim=1)
-        torch.testing.assert_close(reading.scores[:, 2], read @ model.general.head[0], atol=1e-5, rtol=1e-4)
+        states = [peft_state(bases["bert"], found, [matrices(model, model.general, one)]) for one in range(members)]
+        reads = [torch.cat([state, inputs.means], dim=1) for state in states]
+        alone = torch.stack([read @ head for read, head in zip(reads, model.general.head, strict=True)], dim=1)
+        torch.testing.assert_close(reading.scores[:, 2], alone.mean(1), atol=1e-5, rtol=1e-4)
         for number, inner in enumerate(model.inner):
             own = torch.tensor(ROUTES) == number
             torch.testing.assert_close(reading.scores[own, :2], inner.capability_scores(inputs.streams)[own])
-            rewards = (inner.combine.weight[0] * reading.scores[own] / inner.units.value).sum(1)
-            torch.testing.assert_close(reading.reward[own], rewards, atol=1e-5, rtol=1e-4)
-    assert model.score_names(0) == ["length", "preference", "general"] and inner.preferring.tolist() == [1, 2]
+            rewards = (inner.combine.weight[0] * reading.scores[own, :2] / inner.units.value).sum(1)
+            expected = rewards + 1.5 * 0.7 * alone[own].mean(1)
+            torch.testing.assert_close(reading.reward[own], expected, atol=1e-5, rtol=1e-4)
+    assert model.score_names(0) == ["length", "preference", "general"]
     assert {id(p) for p in model.phase_parameters("joint")} == {id(p) for p in model.general.parameters()}
-    preferences = torch.ones(3, 1, dtype=torch.int8)
-    rewards = reading.scores[:, 2]
-    loss, _ = model.phase_loss("joint", inputs, preferences)
-    torch.testing.assert_close(loss, torch.log1p(torch.exp(rewards[3:] - rewards[:3])).mean(), atol=1e-5, rtol=1e-4)
-    # Of no phase but its own it learns, and its word counts no more than its units say.
     preferences = torch.ones(3, 2, dtype=torch.int8)
+    loss, right = model.phase_loss("joint", inputs, preferences)
+    losses = torch.log1p(torch.exp(alone[3:] - alone[:3])).mean(0)
+    torch.testing.assert_close(loss, losses.sum(), atol=1e-5, rtol=1e-4)
+    assert right.tolist() == (alone[:3].mean(1) > alone[3:].mean(1)).tolist()
+    # Of no phase but its own it learns; how sure it may be, the aggregation finds.
     before = [parameter.detach().clone() for parameter in model.general.parameters()]
-    for phase in ("task", "capability", "weigh", "aggregate"):
+    for phase in ("task", "capability", "weigh"):
         step(model, phase, inputs, preferences)
+    assert model.general_scale.item() == pytest.approx(0.7)
+    step(model, "aggregate", inputs, preferences)
+    assert model.general_scale.item() != pytest.approx(0.7)
     assert all(torch.equal(*both) for both in zip(before, model.general.parameters(), strict=True))
-    for inner in model.inner:
-        assert (
-            inner.units.batches == 3 and inner.units.value.shape == (3,) and inner.weights.grad[1:].tolist() == [0, 0]
-        )
-    for wrong in ({"aggregate": "hidden"}, {"capabilities": []}, {"capabilities": ["general"]}, {"general_rank": -1}):
-        arguments = {"capabilities": names, "aggregate": "score", "general_rank": 4, **wrong}
+    for wrong in ({"capabilities": []}, {"capabilities": ["general"]}, {"general_rank": -1}):
+        arguments = {"capabilities": names, "general_rank": 4, **wrong}
         with pytest.raises(ValueError, match=r"general_rank=.*takes capabilities, of which none is called 'general'"):
             DMoERM(GROUPS, base=bases["bert"], **arguments)
+    with pytest.raises(ValueError, match=r"general_members=0: must be at least 1"):
+        dmoerm_of(bases["bert"], "score", True, names, general_rank=4, general_members=0)
+
+
+@pytest.mark.parametrize("aggregate", ["hidden", "score"])
+def test_aggregation_and_the_general_experts_scale_learn_apart(bases, aggregate):
+    changes = {"general_rank": 4, "general_weight": 2.0}
+    model = stir(dmoerm_of(bases["bert"], aggregate, False, ["length", "preference"], **changes)).eval()
+    inputs = inputs_of(model, texts(), [0, 1, 1, 0, 1, 1])
+    preferences = torch.zeros(3, 2, dtype=torch.int8)
+    with torch.no_grad():
+        reading = model.read(inputs, oracle=True)
+    general = model.general_scale.item() * reading.scores[:, 2]
+    both = torch.stack([reading.reward - 2 * general, general])
+    expected = torch.log1p(torch.exp(both[:, 3:] - both[:, :3])).mean(1).sum()
+    loss, right = model.phase_loss("aggregate", inputs, preferences)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
+    assert right.tolist() == (reading.reward[:3] > reading.reward[3:]).tolist()
+
+
+def test_members_of_a_general_expert_start_apart_and_learn_alone(bases):
+    model, alone = (
+        dmoerm_of(bases["bert"], "score", True, ["preference"], general_rank=4, general_members=count)
+        for count in (2, 1)
+    )
+    first, second = model.general.head
+    assert not torch.equal(first, second) and first.norm().item() == pytest.approx(1, rel=0.3)
+    inputs = inputs_of(model, texts(), [0] * 6)
+    pairs = list(zip(alone.general.parameters(), model.general.parameters(), strict=True))
+    with torch.no_grad():
+        for own, both in pairs:
+            own.copy_(both[:1])
+    for one in (model, alone):
+        one.phase_loss("joint", inputs, torch.ones(3, 1, dtype=torch.int8))[0].backward()
+    for own, both in pairs:
+        torch.testing.assert_close(own.grad[0], both.grad[0], atol=1e-6, rtol=1e-4)
 
 
 def test_phases_without_effect_are_refused(bases):
