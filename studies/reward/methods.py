@@ -333,6 +333,7 @@ PAIRS = (
     ("dmoerm", "properties"),
     ("dmoerm", "judge"),
     ("dmoerm", "dmoerm/task"),
+    ("dmoerm", "dmoerm/general"),
     ("dmoerm", "dmoerm/oracle"),
     ("dmoerm", "dmoerm/random"),
     ("dmoerm", "no-capabilities"),

@@ -247,6 +247,8 @@ def score(task: RewardTask, dataset: PairDataset, places: Sequence[int], batch_s
             own = reading
             if (task_rewards := rewards_of_task(model, reading)) is not None:
                 rewards[TASK_MODEL] = task_rewards
+            if model.general is not None:
+                rewards[GENERAL] = reading.scores[:, -1]
             if model.reads_prompts:
                 routes += reading.route[: len(batch)].tolist()
                 own = model.read(inputs, oracle=True)

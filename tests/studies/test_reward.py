@@ -122,7 +122,7 @@ def test_each_run_has_one_row(folder):
     }
     assert names == seeds | {"single.seed0.val.json"}
     first = row(folder, "dmoerm.seed0")
-    assert set(first["differences"]) == {"", "oracle", "random", "task"} and first["groups"] == list(EACH)
+    assert set(first["differences"]) == {"", "oracle", "random", "task", "general"} and first["groups"] == list(EACH)
     known = {"preference", "length", "general"}
     assert set(first["experts"]) == set(EACH) and set(first["experts"]["synthetic_speed"]) == known
     assert set(row(folder, "ensemble.seed0")["differences"]) == {"", "worst", "uncertainty"}
@@ -161,7 +161,7 @@ def test_tables(folder):
     assert found["part"] == "test"
     lines = {line["method"]: line for line in found["all"]}
     assert set(lines) == {
-        "dmoerm", "dmoerm/oracle", "dmoerm/random", "dmoerm/task", "properties", "single",
+        "dmoerm", "dmoerm/oracle", "dmoerm/random", "dmoerm/task", "dmoerm/general", "properties", "single",
         "ensemble", "ensemble/worst", "ensemble/uncertainty", "longer",
     }  # fmt: skip
     for name, line in lines.items():
@@ -207,7 +207,7 @@ def test_scores_are_those_of_the_saved_network(folder, arguments):
         np.testing.assert_allclose(study.numbers(again["differences"][name]), study.numbers(values), atol=2e-2)
 
 
-def test_the_readings_of_the_task_models_and_of_a_random_route_are_theirs(folder, arguments):
+def test_the_readings_of_parts_of_it_and_of_a_random_route_are_theirs(folder, arguments):
     options, one = study.parse(arguments()), Run("dmoerm", 0)
     model = study.load_network(options, one).eval()
     data = study.make_data(options, one)
@@ -219,8 +219,9 @@ def test_the_readings_of_the_task_models_and_of_a_random_route_are_theirs(folder
         drawn = model.read(astray(model, inputs, batch), oracle=True).reward
         route = model.read(inputs).route
         rewards = torch.stack([inner.task_rewards(inputs.streams) for inner in model.inner], dim=1)
+        general = model.general_scores(inputs.streams)[:, 0]
     own = rewards.gather(1, route[:, None])[:, 0]
-    for name, found in (("random", drawn), ("task", own)):
+    for name, found in (("random", drawn), ("task", own), ("general", general)):
         values = study.numbers(row(folder, "dmoerm.seed0")["differences"][name])
         np.testing.assert_allclose((found[: len(dataset)] - found[len(dataset) :]).numpy(), values, atol=2e-2)
 
@@ -301,7 +302,8 @@ def test_what_is_missing_is_said(arguments, tmp_path):
 
 
 def test_methods_fit_each_other():
-    readings = {"longer", "dmoerm/oracle", "dmoerm/random", "dmoerm/task", "ensemble/worst", "ensemble/uncertainty"}
+    parts = {f"dmoerm/{name}" for name in ("oracle", "random", "task", "general")}
+    readings = {"longer", *parts, "ensemble/worst", "ensemble/uncertainty"}
     assert {name for pair in PAIRS for name in pair} | set(SHOWN) <= METHODS.keys() | readings
     assert set(MAIN) | {name.partition("/")[0] for name in PROXIES} <= METHODS.keys()
     assert {*BASELINES, *FLIPPED} <= METHODS.keys()
