@@ -111,7 +111,7 @@ def dmoerm(
     share: float = SHARE,
     lr: float = RATE,
     last_lr: float = LAST_RATE,
-    head_decay: float = LITTLE_DECAY,
+    head_decay: float = HEAD_DECAY,
     **network: Any,
 ) -> Method:
     """DMoERM with all its parts, but for what is named.
@@ -206,6 +206,7 @@ def flipped(method: Method, share: float) -> Method:
 def in_layers(what: str, layers: int) -> Method:
     """Capability LoRAs in so many last layers (0 is all), learned from few pairs, since every layer is slow."""
     changes = {"groups": ONE_GROUP, "capabilities": ["preference", "new_words"], "capability_layers": layers}
+    changes |= {"head_decay": LITTLE_DECAY}
     epochs = {"router": 0, "joint": 0, "task": 1, "capability": 1, "weigh": 1, "aggregate": 2}
     method = dmoerm(what, epochs, **changes, **NO_GENERAL)
     return replace(method, data={**method.data, "learn": 1000}, sampled=True, cached=layers == 1)
