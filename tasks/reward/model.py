@@ -328,7 +328,12 @@ class DMoERM(Backbone):
         self.group_of = stack_names(groups)
         self.prompt_body = nn.Sequential(nn.Linear(self.prompt_width, router_dim), nn.GELU())
         self.general: LoraExperts | None = None
-        if general_rank:
+        if not general_rank:
+            found = {"general_members": general_members, "general_weight": general_weight}
+            require(
+                found == {"general_members": 1, "general_weight": 1.0}, "general_rank", 0, f"leaves no use for {found}"
+            )
+        else:
             rule = f"is 0 or more, and takes capabilities, of which none is called {GENERAL!r}"
             fits = self.capability_names and GENERAL not in self.capability_names
             require(general_rank > 0 and bool(fits), "general_rank", general_rank, rule)
@@ -469,34 +474,8 @@ class DMoERM(Backbone):
             logits, wanted = self.route(inputs.prompts[:pairs]), inputs.groups[:pairs]
             return nn.functional.cross_entropy(logits, wanted), logits.argmax(1) == wanted
         if phase == CAPABILITY:
-            scores = self.by_group(inputs.groups, inputs.streams, InnerModel.capability_scores)
-            chosen, rejected = scores[:pairs], scores[pairs:]
-            # Groups have capabilities of their own: the loss is that of each group's, added up.
-            groups = inputs.groups[:pairs]
-            wanted = preferences.gather(1, self.columns[groups])
-            right = ((chosen - rejected) * wanted > 0)[wanted != 0]
-            losses = []
-            for number in groups.unique().tolist():
-                rows = groups == number
-                if torch.is_grad_enabled():
-                    self.inner[number].units.follow(chosen[rows] - rejected[rows])
-                losses.append(capability_loss(chosen[rows], rejected[rows], wanted[rows]))
-            return torch.stack(losses).sum(), right
-        if phase == JOINT:
-            rewards = self.joint_experts.scores(self.finish(inputs.streams, (self.joint_experts,)))
-            total = rewards.sum(1)
-        elif phase == TASK:
-            total = self.by_group(inputs.groups, inputs.streams, InnerModel.task_rewards)
-            rewards = total[:, None]
-        else:
-            digest = self.digest(phase, inputs) if inputs.digest is None else inputs.digest
-            count = int(self.general is not None)
-            inner, general = digest.split([digest.shape[1] - count, count], dim=1)
-            total = self.by_group(inputs.groups, (inner,), ask_weighed if phase == WEIGH else ask_aggregated)
-            rewards = total[:, None]
-            if phase == AGGREGATE and self.general is not None:
-                rewards = torch.cat([rewards, self.general_scale * general], dim=1)
-                total = self.add_general(total, general)
+            return self.capability_loss(inputs, preferences)
+        rewards, total = self.learning_rewards(phase, inputs)
         # Members of the general expert, or it and the inner models, learn apart: their losses are added up.
         loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:]) * rewards.shape[1]
         learning = [self.inner[number] for number in inputs.groups.unique().tolist()]
@@ -506,6 +485,38 @@ class DMoERM(Backbone):
         elif phase == AGGREGATE and self.aggregate_decay:
             loss = loss + self.aggregate_decay * torch.stack([model.distance() for model in learning]).mean()
         return loss, total[:pairs] > total[pairs:]
+
+    def capability_loss(self, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of the capability experts, and which decisions were right."""
+        pairs = len(preferences)
+        scores = self.by_group(inputs.groups, inputs.streams, InnerModel.capability_scores)
+        chosen, rejected = scores[:pairs], scores[pairs:]
+        # Groups have capabilities of their own: the loss is that of each group's, added up.
+        groups = inputs.groups[:pairs]
+        wanted = preferences.gather(1, self.columns[groups])
+        losses = []
+        for number in groups.unique().tolist():
+            rows = groups == number
+            if torch.is_grad_enabled():
+                self.inner[number].units.follow(chosen[rows] - rejected[rows])
+            losses.append(capability_loss(chosen[rows], rejected[rows], wanted[rows]))
+        return torch.stack(losses).sum(), ((chosen - rejected) * wanted > 0)[wanted != 0]
+
+    def learning_rewards(self, phase: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """What a phase teaches what people prefer: the rewards `(2B, N)` of N parts, and those of them together."""
+        if phase == JOINT:
+            rewards = self.joint_experts.scores(self.finish(inputs.streams, (self.joint_experts,)))
+            return rewards, rewards.mean(1)
+        if phase == TASK:
+            rewards = self.by_group(inputs.groups, inputs.streams, InnerModel.task_rewards)
+            return rewards[:, None], rewards
+        digest = self.digest(phase, inputs) if inputs.digest is None else inputs.digest
+        count = int(self.general is not None)
+        inner, general = digest.split([digest.shape[1] - count, count], dim=1)
+        rewards = self.by_group(inputs.groups, (inner,), ask_weighed if phase == WEIGH else ask_aggregated)
+        if phase == WEIGH or self.general is None:
+            return rewards[:, None], rewards
+        return torch.cat([rewards[:, None], self.general_scale * general], dim=1), self.add_general(rewards, general)
 
     @torch.no_grad()
     def digest(self, phase: str, inputs: Inputs) -> Tensor | None:

@@ -480,6 +480,9 @@ def test_a_general_expert_is_added_to_all_inner_models_and_learns_from_all_group
         arguments = {"capabilities": names, "general_rank": 4, **wrong}
         with pytest.raises(ValueError, match=r"general_rank=.*takes capabilities, of which none is called 'general'"):
             DMoERM(GROUPS, base=bases["bert"], **arguments)
+    for unused in ({"general_members": 2}, {"general_weight": 1.5}):
+        with pytest.raises(ValueError, match=r"general_rank=0: leaves no use for .*general_members"):
+            dmoerm_of(bases["bert"], "score", True, names, **unused)
     with pytest.raises(ValueError, match=r"general_members=0: must be at least 1"):
         dmoerm_of(bases["bert"], "score", True, names, general_rank=4, general_members=0)
 
