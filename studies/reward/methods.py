@@ -97,10 +97,8 @@ LAST_RATE, DECAY = 5e-2, 0.3
 # Of the gate, which is drawn at random but for its last layer; it is held to its start as much.
 GATE_RATE, GATE_EPOCHS = 1e-3, 4
 RANK, CAPABILITY_RANK, GENERAL_RANK, GENERAL_MEMBERS = 16, 4, 10, 4
-# How much the general expert counts beside the inner models.
-GENERAL_WEIGHT = 1.5
 # A DMoERM without a general expert, as large.
-NO_GENERAL: dict[str, Any] = {"general_rank": 0, "general_members": 1, "general_weight": 1.0, "capability_rank": 8}
+NO_GENERAL: dict[str, Any] = {"general_rank": 0, "general_members": 1, "capability_rank": 8}
 # At which one LoRA, and one of five, has as many parameters as learn in DMoERM: its expert of the preference does not.
 EQUAL_RANK, MEMBER_RANK = 153, 31
 
@@ -128,11 +126,7 @@ def dmoerm(
     counts = {phase: count for phase, count in {**EPOCHS, **(epochs or {})}.items() if count}
     aggregation = {"aggregate": "score", "aggregate_dim": 0, "aggregate_decay": DECAY}
     experts = {"capabilities": CAPABILITIES, "share_capabilities": True, "capability_rank": CAPABILITY_RANK}
-    general = {
-        "general_rank": GENERAL_RANK,
-        "general_members": GENERAL_MEMBERS,
-        "general_weight": GENERAL_WEIGHT,
-    }
+    general = {"general_rank": GENERAL_RANK, "general_members": GENERAL_MEMBERS}
     chosen = {"groups": GROUPS, "head_decay": head_decay, **experts, **general, **aggregation, **network}
     last = {phase: last_lr for phase in ("weigh", "aggregate") if phase in counts}
     rates = {"lr": lr, "head_lr": HEAD_RATE, "phase_lr": last}

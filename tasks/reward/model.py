@@ -242,7 +242,6 @@ class DMoERM(Backbone):
         share_capabilities: bool = False,
         general_rank: int = 0,
         general_members: int = 1,
-        general_weight: float = 1.0,
         aggregate: Literal["hidden", "score"] = "hidden",
         aggregate_dim: int = 64,
         aggregate_start: Literal["preference", "random"] = "preference",
@@ -269,7 +268,6 @@ class DMoERM(Backbone):
                 0 is without.
             general_members: How many LoRAs it has, which learn the same and differ by how they start: what it says is
                 the mean of what they say, which errs less than they do.
-            general_weight: How much what it says counts beside what the inner model says.
             aggregate: Whether what combines them reads the experts' last states and the text's means (the released
                 code: last states) or their scores.
             aggregate_dim: Its hidden width, at least 2; the released code has D. 0 is a linear map in place of an MLP.
@@ -319,7 +317,6 @@ class DMoERM(Backbone):
         self.share_capabilities = share_capabilities
         self.general_rank = general_rank
         self.general_members = general_members
-        self.general_weight = general_weight
         self.aggregate = aggregate
         self.aggregate_dim = aggregate_dim
         self.aggregate_start = aggregate_start
@@ -329,10 +326,7 @@ class DMoERM(Backbone):
         self.prompt_body = nn.Sequential(nn.Linear(self.prompt_width, router_dim), nn.GELU())
         self.general: LoraExperts | None = None
         if not general_rank:
-            found = {"general_members": general_members, "general_weight": general_weight}
-            require(
-                found == {"general_members": 1, "general_weight": 1.0}, "general_rank", 0, f"leaves no use for {found}"
-            )
+            require(general_members == 1, "general_members", general_members, "takes general_rank, which is 0")
         else:
             rule = f"is 0 or more, and takes capabilities, of which none is called {GENERAL!r}"
             fits = self.capability_names and GENERAL not in self.capability_names
@@ -390,7 +384,7 @@ class DMoERM(Backbone):
 
     def add_general(self, inner: Tensor, general: Tensor) -> Tensor:
         """The rewards `(B,)`, of those of the inner models and what `general_scores` gives."""
-        return inner if self.general is None else inner + self.general_weight * self.general_scale * general[:, 0]
+        return inner if self.general is None else inner + self.general_scale * general[:, 0]
 
     def score_names(self, route: int) -> list[str]:
         """The capabilities of an inner model, and the general expert."""

@@ -444,7 +444,7 @@ def test_weights_of_capabilities_are_learned_without_the_preferences_word(bases)
 @pytest.mark.parametrize("members", [1, 3])
 def test_a_general_expert_is_added_to_all_inner_models_and_learns_from_all_groups(bases, members):
     names = ["length", "preference"]
-    general = {"general_rank": 4, "general_members": members, "general_weight": 1.5}
+    general = {"general_rank": 4, "general_members": members}
     model = stir(dmoerm_of(bases["bert"], "score", True, names, **general)).eval()
     found = texts()
     inputs = inputs_of(model, found, ROUTES)
@@ -459,7 +459,7 @@ def test_a_general_expert_is_added_to_all_inner_models_and_learns_from_all_group
             own = torch.tensor(ROUTES) == number
             torch.testing.assert_close(reading.scores[own, :2], inner.capability_scores(inputs.streams)[own])
             rewards = (inner.combine.weight[0] * reading.scores[own, :2] / inner.units.value).sum(1)
-            expected = rewards + 1.5 * 0.7 * alone[own].mean(1)
+            expected = rewards + 0.7 * alone[own].mean(1)
             torch.testing.assert_close(reading.reward[own], expected, atol=1e-5, rtol=1e-4)
     assert model.score_names(0) == ["length", "preference", "general"]
     assert {id(p) for p in model.phase_parameters("joint")} == {id(p) for p in model.general.parameters()}
@@ -480,23 +480,21 @@ def test_a_general_expert_is_added_to_all_inner_models_and_learns_from_all_group
         arguments = {"capabilities": names, "general_rank": 4, **wrong}
         with pytest.raises(ValueError, match=r"general_rank=.*takes capabilities, of which none is called 'general'"):
             DMoERM(GROUPS, base=bases["bert"], **arguments)
-    for unused in ({"general_members": 2}, {"general_weight": 1.5}):
-        with pytest.raises(ValueError, match=r"general_rank=0: leaves no use for .*general_members"):
-            dmoerm_of(bases["bert"], "score", True, names, **unused)
+    with pytest.raises(ValueError, match=r"general_members=2: takes general_rank, which is 0"):
+        dmoerm_of(bases["bert"], "score", True, names, general_members=2)
     with pytest.raises(ValueError, match=r"general_members=0: must be at least 1"):
         dmoerm_of(bases["bert"], "score", True, names, general_rank=4, general_members=0)
 
 
 @pytest.mark.parametrize("aggregate", ["hidden", "score"])
 def test_aggregation_and_the_general_experts_scale_learn_apart(bases, aggregate):
-    changes = {"general_rank": 4, "general_weight": 2.0}
-    model = stir(dmoerm_of(bases["bert"], aggregate, False, ["length", "preference"], **changes)).eval()
+    model = stir(dmoerm_of(bases["bert"], aggregate, False, ["length", "preference"], general_rank=4)).eval()
     inputs = inputs_of(model, texts(), [0, 1, 1, 0, 1, 1])
     preferences = torch.zeros(3, 2, dtype=torch.int8)
     with torch.no_grad():
         reading = model.read(inputs, oracle=True)
     general = model.general_scale.item() * reading.scores[:, 2]
-    both = torch.stack([reading.reward - 2 * general, general])
+    both = torch.stack([reading.reward - general, general])
     expected = torch.log1p(torch.exp(both[:, 3:] - both[:, :3])).mean(1).sum()
     loss, right = model.phase_loss("aggregate", inputs, preferences)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
