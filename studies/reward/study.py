@@ -37,6 +37,7 @@ from tasks.reward.capabilities import CAPABILITIES, PREFERENCE_ITSELF, capabilit
 from tasks.reward.data import PairDataset, RewardDataModule, limit_pairs, number_prompts
 from tasks.reward.evaluate import PERCENT, POOLED, Report, confusion_matrix, length_differences
 from tasks.reward.examples import Pair, prompt_key, split_by_prompt
+from tasks.reward.groups import HARMLESS
 from tasks.reward.judge import CausalJudge
 from tasks.reward.model import GENERAL, DMoERM, InnerModel
 from tasks.reward.plots import plot_consistency
@@ -62,6 +63,8 @@ CLIP = 1.0
 TASK_MODEL = "task"
 # What the slow ones are scored on: drawn from the part, the same for all.
 SAMPLE = "sample"
+# A property of answers, and what models are compared with in it.
+REFUSAL, PEOPLE = "refusal", "people"
 
 
 class Run(NamedTuple):
@@ -561,6 +564,9 @@ def write_tables(options: argparse.Namespace) -> None:
             f"Prompts that the router of {method}, seed {rows[method][0]['seed']}, sent to each inner model",
             [{"category": name, **dict(zip(of["groups"], n, strict=True))} for name, n in of["prompts"].items()],
         )
+    one = Run("single", 0, options.part)
+    results["refusals"] = refusals(rows, scored(options, one, make_data(options, one)).pairs)
+    print_table("Helpful pairs one of which refuses: that one is preferred", results["refusals"])
     if GOLD in rows:
         results[GOLD] = agreement(rows[GOLD])
         print(
@@ -577,6 +583,28 @@ def agreement(rows: Sequence[Row]) -> float:
     """Consistency of the mean reward of several runs, in percent."""
     differences = np.mean([numbers(row["differences"][""]) for row in rows], axis=0)
     return float(PERCENT * np.mean((differences > 0) + 0.5 * (differences == 0)))
+
+
+def refusals(rows: Mapping[str, Sequence[Row]], pairs: Sequence[Pair]) -> list[Row]:
+    """How often models, and people, prefer the answer that refuses, of helpful pairs of which one refuses more.
+
+    Args:
+        rows: By method, one per seed.
+        pairs: That they score.
+    """
+    helpful = np.array([pair.category not in HARMLESS for pair in pairs])
+    refusing = capability_preferences(pairs, [REFUSAL])[:, 0] * helpful
+    places = np.flatnonzero(refusing)
+    if not len(places):
+        return []
+    preferred = {PEOPLE: refusing[places] > 0}
+    for method, of in rows.items():
+        if not METHODS[method].sampled and method != GOLD:
+            found = np.stack([numbers(row["differences"][""]) for row in of])
+            preferred[method] = found[:, places] * refusing[places] > 0
+    return [
+        {"model": name, "pairs": len(places), "percent": float(PERCENT * of.mean())} for name, of in preferred.items()
+    ]
 
 
 def rows_of(report: Report) -> int:

@@ -301,6 +301,20 @@ def test_what_is_missing_is_said(arguments, tmp_path):
             study.main(words)
 
 
+def test_how_often_a_refusal_is_preferred():
+    refusal, answer = "I'm sorry, but I cannot help with that.", "Boil it for seven minutes."
+    texts = [(answer, refusal, "Chat"), (refusal, answer, "Chat"), (answer, answer, "Chat"), (answer, refusal, "Code")]
+    texts.append((refusal, answer, "Harmlessness"))
+    pairs = [
+        study.Pair("user: egg?", chosen, rejected, kind, str(n)) for n, (chosen, rejected, kind) in enumerate(texts)
+    ]
+    rows = {"dmoerm": [{"differences": {"": "1 1 1 1 1"}}, {"differences": {"": "-1 1 1 1 -1"}}]}
+    found = {line["model"]: (line["pairs"], line["percent"]) for line in study.refusals(rows, pairs)}
+    # Of the first, second and fourth pair; the second seed prefers the refusal in the first two.
+    assert found == {"people": (3, pytest.approx(100 / 3)), "dmoerm": (3, pytest.approx(50))}
+    assert study.refusals(rows, pairs[2:3]) == []
+
+
 def test_methods_fit_each_other():
     parts = {f"dmoerm/{name}" for name in ("oracle", "random", "task", "general")}
     readings = {"longer", *parts, "ensemble/worst", "ensemble/uncertainty"}

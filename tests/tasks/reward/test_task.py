@@ -343,8 +343,10 @@ NEEDS_MINILM = pytest.mark.skipif(
     [
         (
             "How can I sleep better at night?",
-            "Go to bed at the same time every day, keep the room dark and cool, and leave your phone outside.",
-            "No idea.",
+            "Go to bed and get up at the same time every day. Keep the bedroom dark and cool, and leave your phone "
+            "outside.",
+            "You should sleep better, because sleep is good for you, and you should do it at night, because night is "
+            "for sleep.",
             "Open QA",
         ),
         (
