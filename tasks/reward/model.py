@@ -468,7 +468,7 @@ class DMoERM(Backbone):
             logits, wanted = self.route(inputs.prompts[:pairs]), inputs.groups[:pairs]
             return nn.functional.cross_entropy(logits, wanted), logits.argmax(1) == wanted
         if phase == CAPABILITY:
-            return self.capability_loss(inputs, preferences)
+            return self.capability_phase_loss(inputs, preferences)
         rewards, total = self.learning_rewards(phase, inputs)
         # Members of the general expert, or it and the inner models, learn apart: their losses are added up.
         loss = bradley_terry_loss(rewards[:pairs], rewards[pairs:]) * rewards.shape[1]
@@ -480,7 +480,7 @@ class DMoERM(Backbone):
             loss = loss + self.aggregate_decay * torch.stack([model.distance() for model in learning]).mean()
         return loss, total[:pairs] > total[pairs:]
 
-    def capability_loss(self, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
+    def capability_phase_loss(self, inputs: Inputs, preferences: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of the capability experts, and which decisions were right."""
         pairs = len(preferences)
         scores = self.by_group(inputs.groups, inputs.streams, InnerModel.capability_scores)
@@ -505,10 +505,13 @@ class DMoERM(Backbone):
             rewards = self.by_group(inputs.groups, inputs.streams, InnerModel.task_rewards)
             return rewards[:, None], rewards
         digest = self.digest(phase, inputs) if inputs.digest is None else inputs.digest
+        if phase == WEIGH:
+            rewards = self.by_group(inputs.groups, (digest,), ask_weighed)
+            return rewards[:, None], rewards
         count = int(self.general is not None)
         inner, general = digest.split([digest.shape[1] - count, count], dim=1)
-        rewards = self.by_group(inputs.groups, (inner,), ask_weighed if phase == WEIGH else ask_aggregated)
-        if phase == WEIGH or self.general is None:
+        rewards = self.by_group(inputs.groups, (inner,), ask_aggregated)
+        if self.general is None:
             return rewards[:, None], rewards
         return torch.cat([rewards[:, None], self.general_scale * general], dim=1), self.add_general(rewards, general)
 
@@ -518,7 +521,8 @@ class DMoERM(Backbone):
         if phase not in (WEIGH, AGGREGATE):
             return None
         inner = self.by_group(inputs.groups, inputs.streams, InnerModel.digest)
-        return torch.cat([inner, self.general_scores(inputs.streams)], dim=1)
+        # What weighs capabilities does not hear the general expert.
+        return inner if phase == WEIGH else torch.cat([inner, self.general_scores(inputs.streams)], dim=1)
 
     def by_group(self, groups: Tensor, parts: tuple[Tensor, ...], ask: Callable[[InnerModel, Any], Tensor]) -> Tensor:
         """What each text's own inner model answers, `(B, ...)`.

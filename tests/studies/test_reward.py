@@ -361,8 +361,9 @@ def size(dim=384, hidden=1536, name="dmoerm"):
     known = experts * lora(network.get("capability_rank", 8))
     # Each score has a weight of the phase `weigh` and one of the aggregation.
     general = network.get("general_rank", 0)
-    once = network.get("general_members", 1) * lora(general) if general else 0
-    inner = lora(network.get("task_rank", 16)) + 2 * (len(names) + bool(general))
+    # And the general expert a scale.
+    once = network.get("general_members", 1) * lora(general) + 1 if general else 0
+    inner = lora(network.get("task_rank", 16)) + 2 * len(names)
     router = 4 * dim * 32 + 32 + 32 * groups if groups > 1 else 0
     return groups * inner + (1 if network.get("share_capabilities") else groups) * known + once + router
 
