@@ -519,14 +519,33 @@ def routes_by_category(row: Row) -> dict[str, list[int]]:
     return dict(zip(row["categories"], counts.tolist(), strict=True))
 
 
-def differences(report: Report) -> list[Row]:
-    """How much a method is above another, with 95 % intervals over prompts and seeds."""
-    return [
-        {"compared": f"{first} - {second}", **row}
-        for first, second in PAIRS
-        if {first, second} <= report.scores.keys()
-        for row in report.difference_rows(first, second, report.metric_names())
-    ]
+def differences(rows: Mapping[str, Sequence[Row]], report: Report) -> list[Row]:
+    """How much a method is above another on the seeds that both have, with 95 % intervals over prompts and seeds."""
+    found = []
+    for first, second in PAIRS:
+        if {first, second} <= report.scores.keys():
+            scores = on_same_seeds(rows, report, (first, second))
+            if seeds := len(scores[first]):
+                lines = replace(report, scores=scores).difference_rows(first, second, report.metric_names())
+                found += [{"compared": f"{first} - {second}", "seeds": seeds, **line} for line in lines]
+    return found
+
+
+def on_same_seeds(rows: Mapping[str, Sequence[Row]], report: Report, names: Sequence[str]) -> dict[str, Array]:
+    """The scores `(seeds, n)` of some methods on the seeds that all of them have that are drawn at random.
+
+    Args:
+        rows: By method, one per seed.
+        report: Has their scores.
+        names: Theirs.
+    """
+    seeds = {name: [row["seed"] for row in rows.get(name.partition("/")[0], [])] for name in names}
+    drawn = {name: of for name, of in seeds.items() if of and METHODS[name.partition("/")[0]].kind in MODELS}
+    shared = set.intersection(*map(set, drawn.values())) if drawn else set()
+    return {
+        name: report.scores[name][[seed in shared for seed in drawn[name]]] if name in drawn else report.scores[name]
+        for name in names
+    }
 
 
 def write_tables(options: argparse.Namespace) -> None:
@@ -535,13 +554,14 @@ def write_tables(options: argparse.Namespace) -> None:
     report = make_report(rows)
     if report is None:
         raise DataNotFoundError("results", [options.folder / "results"], "Run the study without --only table.")
-    results: dict[str, Any] = {"part": options.part, "all": table(rows, report), "differences": differences(report)}
+    results: dict[str, Any] = {"part": options.part, "all": table(rows, report)}
+    results["differences"] = differences(rows, report)
     keys = report.main_names()
     print_table(f"{options.source}, {options.part}: percent", results["all"], ["method", "seeds", *keys, "router_acc"])
     print_table("Differences", [row for row in results["differences"] if row["metric"] in keys])
     sampled = next((of[0]["places"] for method, of in rows.items() if METHODS[method].sampled), None)
     if sampled is not None and (small := make_report(rows, sampled)) is not None:
-        results |= {SAMPLE: table(rows, small), f"{SAMPLE} differences": differences(small)}
+        results |= {SAMPLE: table(rows, small), f"{SAMPLE} differences": differences(rows, small)}
         print_table(
             f"The same on {rows_of(small)} pairs", results[SAMPLE], ["method", *small.main_names(), "consistent"]
         )

@@ -31,6 +31,7 @@ from studies.reward.properties import drop_least, regress
 from studies.reward.study import Run
 from tasks.reward.capabilities import CAPABILITIES as KNOWN
 from tasks.reward.capabilities import PREFERENCE_ITSELF
+from tasks.reward.evaluate import Report
 from tasks.reward.examples import read_preference
 from tasks.reward.groups import PREFERENCE, merge_categories
 from tasks.reward.task import RewardTask, astray
@@ -193,6 +194,24 @@ def test_tables(folder):
     assert (folder / "consistency.png").is_file()
     assert 0 <= found["gold"] <= 100
     assert [line["method"] for line in json.loads((folder / "val.json").read_text())["all"]] == ["single", "longer"]
+
+
+def test_methods_are_compared_on_the_seeds_that_both_have():
+    random = np.random.default_rng(0)
+    rewards = {"dmoerm": random.normal(size=(2, 12)), "single": random.normal(size=(3, 12))}
+    rewards |= {"gate": random.normal(size=(1, 12)), "properties": random.normal(size=(1, 12))}
+    seeds = {"dmoerm": [0, 2], "single": [0, 1, 2], "gate": [1], "properties": [0]}
+    rows = {name: [{"seed": seed} for seed in of] for name, of in seeds.items()}
+    report = Report.of(["Code"] * 12, list(range(12)), random.normal(size=12), rewards)
+    found = {(line["compared"], line["metric"]): line for line in study.differences(rows, report)}
+    right = {name: 100 * (of > 0).mean(axis=1) for name, of in rewards.items()}
+    line = found["dmoerm - single", "consistency"]
+    assert line["seeds"] == 2
+    assert line["mean"] == pytest.approx(right["dmoerm"].mean() - right["single"][[0, 2]].mean())
+    # What is not drawn at random has one row for all seeds.
+    line = found["dmoerm - properties", "consistency"]
+    assert line["mean"] == pytest.approx(right["dmoerm"].mean() - right["properties"].mean())
+    assert ("dmoerm - gate", "consistency") not in found
 
 
 def test_scores_are_those_of_the_saved_network(folder, arguments):
