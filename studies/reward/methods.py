@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 from tasks.reward.capabilities import PREFERENCE_ITSELF
+from tasks.reward.groups import HARMLESS
 
 # What `python -m tasks.reward.groups --most 4` prints, mixed groups by their largest category.
 GROUPS: dict[str, list[str]] = {
@@ -34,6 +35,11 @@ SIX_GROUPS: dict[str, list[str]] = {
     "Code": ["Code"],
 }
 ONE_GROUP: dict[str, list[str]] = {"all": []}
+# What answers are to be.
+GOALS: dict[str, list[str]] = {
+    "helpful": [name for group in GROUPS.values() for name in group if name not in HARMLESS],
+    "harmless": [name for group in GROUPS.values() for name in group if name in HARMLESS],
+}
 # Of DMoERM, and but for the preference of several objectives: the ten that `python -m studies.reward.properties` keeps.
 # The length is not among what that chooses from, as a reward is to be better than it.
 CAPABILITIES = [
@@ -133,7 +139,7 @@ def dmoerm(
     return Method(what, "dmoerm", chosen, counts, rates, {"aggregate_share": share})
 
 
-def single(what: str, rank: int, lr: float = RATE, head_decay: float = HEAD_DECAY, **data: Any) -> Method:
+def single(what: str, rank: int, lr: float = RATE, head_decay: float = HEAD_DECAY) -> Method:
     """One LoRA and a head: the twin.
 
     Args:
@@ -141,11 +147,10 @@ def single(what: str, rank: int, lr: float = RATE, head_decay: float = HEAD_DECA
         rank: Of the LoRA.
         lr: Learning rate.
         head_decay: Of its head.
-        data: Arguments of `StudyData`.
     """
     network = {"groups": ONE_GROUP, "task_rank": rank, "head_decay": head_decay}
     return Method(
-        what, "dmoerm", network, {"joint": PASSES}, {"lr": lr, "head_lr": HEAD_RATE}, {"aggregate_share": 0.0, **data}
+        what, "dmoerm", network, {"joint": PASSES}, {"lr": lr, "head_lr": HEAD_RATE}, {"aggregate_share": 0.0}
     )
 
 
@@ -264,11 +269,15 @@ METHODS: dict[str, Method] = {
     "layers-2": in_layers("capability LoRAs in the last two layers", 2),
     "layers-all": in_layers("capability LoRAs in every layer", 0),
 }
-# It reads with three layers, where what it judges reads with one.
-METHODS[GOLD] = single(
-    "one LoRA in three layers that learned from the pairs of validation and test", RANK, held_out=True
+# It reads with three layers, where what it judges reads with one, and is told what an answer is to be.
+METHODS[GOLD] = Method(
+    "for each goal, which it is told, a LoRA in three layers that learned from the pairs of validation and test",
+    "dmoerm",
+    {"groups": GOALS, "task_layers": 3, "task_rank": RANK, "head_decay": HEAD_DECAY},
+    {"router": 3, "task": PASSES},
+    {"lr": RATE, "head_lr": HEAD_RATE},
+    {"aggregate_share": 0.0, "held_out": True},
 )
-METHODS[GOLD] = replace(METHODS[GOLD], network={**METHODS[GOLD].network, "task_layers": 3})
 FLIPS = (0.25, 0.4)
 # The objectives know the same capabilities as DMoERM, which wrong labels leave right.
 ROBUST = ("dmoerm", "single-equal", "objectives", "ensemble")

@@ -47,8 +47,8 @@ LONGEST = 300
 TOGETHER = 32
 
 
-def single_turns(pairs: Sequence[Pair], count: int) -> list[str]:
-    """Short prompts of one turn, drawn from all over the pairs.
+def single_turns(pairs: Sequence[Pair], count: int) -> dict[str, str]:
+    """Categories of short prompts of one turn, drawn from all over the pairs.
 
     Args:
         pairs: Where from.
@@ -57,7 +57,7 @@ def single_turns(pairs: Sequence[Pair], count: int) -> list[str]:
     fitting = [pair for pair in pairs if len(pair.prompt) <= LONGEST and not TURN.search(pair.prompt)]
     # One pair of each prompt.
     different = list({pair.prompt: pair for pair in fitting}.values())
-    return [pair.prompt for pair in limit_pairs(different, count)]
+    return {pair.prompt: pair.category for pair in limit_pairs(different, count)}
 
 
 def spoken(prompt: str) -> str:
@@ -71,18 +71,26 @@ def spoken(prompt: str) -> str:
 class Rater:
     """Reward models of the study, or a pick that needs none, as a function of prompts and answers."""
 
-    def __init__(self, options: argparse.Namespace, method: str, seeds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        method: str,
+        seeds: Sequence[int],
+        categories: Mapping[str, str] | None = None,
+    ) -> None:
         """Load the networks of a method.
 
         Args:
             options: The command line.
             method: What they are.
             seeds: Of which runs; several are one reward, their mean.
+            categories: By prompt, where the networks are told them.
 
         Raises:
             DataNotFoundError: One has not been run.
         """
         self.method = method
+        self.categories = categories or {}
         self.random = np.random.default_rng(seeds[0])
         self.models: list[Backbone] = []
         if method not in (RANDOM, LONGER):
@@ -95,7 +103,7 @@ class Rater:
             return self.random.random(len(answers))
         if self.method == LONGER:
             return np.array([len(answer) for answer in answers], dtype=np.float64)
-        found: Array = rate(self.models, self.tokenizer, candidates_of(prompt, answers)).mean(axis=0)
+        found: Array = rate(self.models, self.tokenizer, candidates_of(prompt, answers, self.categories)).mean(axis=0)
         return found
 
 
@@ -112,9 +120,9 @@ def load_proxy(options: argparse.Namespace, name: str, seed: int) -> Backbone:
     return model
 
 
-def candidates_of(prompt: str, answers: Sequence[str]) -> list[Candidate]:
-    """Answers as they are rated."""
-    return [Candidate(prompt, answer) for answer in answers]
+def candidates_of(prompt: str, answers: Sequence[str], categories: Mapping[str, str]) -> list[Candidate]:
+    """Answers as they are rated, with the category of their prompt where it is told."""
+    return [Candidate(prompt, answer, categories.get(prompt, "")) for answer in answers]
 
 
 # --- best of n -------------------------------------------------------------------------------------------------------
@@ -148,22 +156,39 @@ def draw_all(
     return found
 
 
-def prompts_of(options: argparse.Namespace, part: str, count: int) -> list[str]:
-    """Prompts of a part."""
+def prompts_of(options: argparse.Namespace, part: str, count: int) -> dict[str, str]:
+    """Categories of some prompts of a part, by prompt."""
     data = StudyData(source=options.source, base=options.base)
     return single_turns(data.read(part), count)  # type: ignore[arg-type]
 
 
 def rate_missing(options: argparse.Namespace, answers: Mapping[str, Sequence[str]]) -> None:
-    """Write the rewards that every network gives to the answers, where they are not there yet: all of them at once."""
-    wanted = [*product(options.proxies, options.seeds), *product([GOLD], options.gold)]
+    """Write the rewards that every network gives to the answers, where they are not there yet."""
+    rate_runs(options, list(product(options.proxies, options.seeds)), answers, {})
+    rate_runs(options, [(GOLD, seed) for seed in options.gold], answers, prompts_of(options, "test", options.prompts))
+
+
+def rate_runs(
+    options: argparse.Namespace,
+    wanted: Sequence[tuple[str, int]],
+    answers: Mapping[str, Sequence[str]],
+    categories: Mapping[str, str],
+) -> None:
+    """Write what is missing of some runs, all of them at once.
+
+    Args:
+        options: The command line.
+        wanted: Methods and seeds.
+        answers: By prompt.
+        categories: Likewise, where the networks are told them.
+    """
     abouts = {one: describe_rated(options, *one, answers) for one in wanted}
     missing = {one: about for one, about in abouts.items() if not is_done(row_path(options, "picks", *one), about)}
     if not missing:
         return
     models = [load_proxy(options, *one) for one in missing]
     tokenizer = load_tokenizer(options.base)
-    found = [rate(models, tokenizer, candidates_of(prompt, of)) for prompt, of in answers.items()]
+    found = [rate(models, tokenizer, candidates_of(prompt, of, categories)) for prompt, of in answers.items()]
     for number, (one, about) in enumerate(missing.items()):
         rewards = [line(of[number].tolist()) for of in found]
         write_whole(row_path(options, "picks", *one), {**about, "rewards": rewards})
@@ -187,7 +212,7 @@ def weights_of(options: argparse.Namespace, proxy: str, seed: int) -> str:
 
 
 def describe_rated(options: argparse.Namespace, proxy: str, seed: int, answers: Mapping[str, Sequence[str]]) -> Row:
-    """What rewards are about; those of another network, or of other answers, are not that of the proxy."""
+    """What rewards are about; those of another network, or of other answers, are not the proxy's."""
     names = ("source", "base", "policy", "prompts", "answers", "tokens")
     return {
         **{name: getattr(options, name) for name in names},
@@ -254,9 +279,10 @@ def distil(options: argparse.Namespace, proxy: str, seed: int, first: dict[str, 
         seed: Of what is drawn, and of the proxy.
         first: What the policy answers before it is taught, which is the same for all proxies; filled in.
     """
-    policy, rater, gold = Policy(options.policy), Rater(options, proxy, [seed]), Rater(options, GOLD, options.gold)
-    asked = prompts_of(options, "train", options.teach_prompts)
+    asked = list(prompts_of(options, "train", options.teach_prompts))
     held_out = prompts_of(options, "test", options.prompts)
+    policy, rater = Policy(options.policy), Rater(options, proxy, [seed])
+    gold = Rater(options, GOLD, options.gold, held_out)
     torch.manual_seed(seed)
     losses = []
     # Of what is drawn, so that no two draws are alike.
@@ -266,7 +292,7 @@ def distil(options: argparse.Namespace, proxy: str, seed: int, first: dict[str, 
         drawn |= draw_all(policy, [p for p in asked if p not in drawn], options.picked_from, options, start)
         lessons = [best(rater, prompt, of) for prompt, of in drawn.items()]
         losses.append(policy.teach(lessons, options.teach_epochs, options.teach_lr))
-    given = draw_all(policy, held_out, options.judged, options, starts[-1])
+    given = draw_all(policy, list(held_out), options.judged, options, starts[-1])
     texts = {prompt: [one.answer for one in of] for prompt, of in given.items()}
     return {
         "losses": losses,

@@ -600,8 +600,8 @@ def write_tables(options: argparse.Namespace) -> None:
 
 
 def agreement(rows: Sequence[Row]) -> float:
-    """Consistency of the mean reward of several runs, in percent."""
-    differences = np.mean([numbers(row["differences"][""]) for row in rows], axis=0)
+    """Consistency of the mean reward of several runs that are told the group, in percent."""
+    differences = np.mean([numbers(row["differences"][ORACLE]) for row in rows], axis=0)
     return float(PERCENT * np.mean((differences > 0) + 0.5 * (differences == 0)))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tasks.reward.backbone import Backbone, Inputs, pool_states
 from tasks.reward.data import CandidateDataset
 from tasks.reward.examples import Candidate
+from tasks.reward.model import category_numbers
 from tasks.reward.texts import ANSWER, pad
 from zoo.base_models import SMOLLM2, load_causal, load_tokenizer
 from zoo.comparison import Array
@@ -211,7 +212,7 @@ def rate(
     Args:
         models: Reward models on the same base.
         tokenizer: Of that.
-        candidates: n prompts with answers.
+        candidates: n prompts with answers; a category that a model knows says which of its inner models reads them.
         max_length: Tokens of a text.
         batch_size: Texts at a time.
 
@@ -228,12 +229,14 @@ def rate(
     for start in range(0, len(dataset), batch_size):
         rows = list(range(start, min(start + batch_size, len(dataset))))
         batch = dataset.collate(rows)
-        unknown, prompts = torch.full((len(rows),), -1), read_prompts(models, dataset, batch.prompts)
+        prompts = read_prompts(models, dataset, batch.prompts)
+        categories = [dataset.categories[row] for row in rows]
         for numbers in alike.values():
             hidden = models[numbers[0]].prefix(batch.input_ids, batch.mask, batch.type_ids)
             means = pool_states(hidden, batch.mask, batch.type_ids)
             for number in numbers:
-                reading = models[number].read(Inputs(hidden, batch.mask, means, prompts, unknown))
+                groups = category_numbers(models[number].group_of, categories)
+                reading = models[number].read(Inputs(hidden, batch.mask, means, prompts, groups), oracle=True)
                 rewards[number, rows] = reading.reward.double().numpy()
     return rewards
 

@@ -50,7 +50,9 @@ def smaller(name):
     method = METHODS[name]
     network = {key: value for key, value in method.network.items() if not key.endswith("rank")}
     if len(network.get("groups", [])) > 1:
-        network |= {"groups": EACH, "capabilities": ["preference", "length"], "general_rank": 2}
+        network["groups"] = EACH
+    if len(network.get("groups", [])) > 1 and "capabilities" in network:
+        network |= {"capabilities": ["preference", "length"], "general_rank": 2}
     epochs = dict.fromkeys(method.epochs, 1)
     data = {**method.data} | ({"learn": 20} if "learn" in method.data else {})
     return replace(method, network=network, epochs=epochs, data=data)
@@ -409,7 +411,8 @@ def test_what_is_slow_is_scored_on_one_pair_of_each_prompt(arguments):
 
 
 def test_the_gold_reward_is_the_mean_of_its_seeds():
-    rows = [{"differences": {"": text}} for text in ("1 -1 4", "-3 2 1")]
+    # It is told the group.
+    rows = [{"differences": {"": "-1 -1 -1", "oracle": text}} for text in ("1 -1 4", "-3 2 1")]
     assert study.agreement(rows) == pytest.approx(100 * 2 / 3)
 
 
@@ -463,6 +466,18 @@ def test_best_of_n_and_distillation(words, folder, monkeypatch):
     assert len({len(of) for of in rows}) == 1 and len({str(of) for of in rows}) == 3
     assert all(line["seeds"] == 1 for line in found["distillation"])
     assert (folder / "best_of_n.png").is_file()
+    # The gold reward is told to which inner model a prompt belongs.
+    options = policy.parse(words)
+    category = policy.prompts_of(options, "test", 3)
+    model = policy.load_proxy(options, "gold", 0)
+    for number, (prompt, answers) in enumerate(policy.draw_answers(options).items()):
+        told = policy.candidates_of(prompt, answers, category)
+        assert {one.category for one in told} == {category[prompt]} and category[prompt] in EACH
+        other = [replace(one, category=next(name for name in EACH if name != one.category)) for one in told]
+        kept = study.numbers(row(folder, "picks-gold.seed0")["rewards"][number])
+        right, wrong = (policy.rate([model], policy.load_tokenizer(options.base), of)[0] for of in (told, other))
+        np.testing.assert_allclose(kept, right, atol=1e-3)
+        assert np.abs(kept - wrong).max() > 1e-3
     # A second call draws and teaches nothing.
     monkeypatch.setattr(policy, "Policy", None)
     policy.main(words)
@@ -494,5 +509,5 @@ def test_short_prompts_of_one_turn():
             ["user: one", "user: one", "Human: two\n\nAssistant: so\n\nHuman: three", "x" * 999]
         )
     ]
-    assert policy.single_turns(pairs, 5) == ["user: one"]
+    assert policy.single_turns([replace(pair, category="Chat") for pair in pairs], 5) == {"user: one": "Chat"}
     assert policy.spoken("Human: what is a user: this?") == "what is a user: this?"
