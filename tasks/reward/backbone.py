@@ -20,7 +20,8 @@ from zoo.base_models import MINILM, AdaptedModel, without_dropout
 from zoo.moe.routers.base import require
 
 BERT, LLAMA = "encoder.layer", "layers"
-# Twice a rank of 16.
+# Twice a rank of 16. With the same for all ranks a step of Adam moves a layer equally far, so that one learning rate
+# suits all.
 ALPHA = 32.0
 # At how many depths of the base routers and gates read a prompt.
 PROMPT_DEPTHS = 4
@@ -78,12 +79,14 @@ class Backbone(AdaptedModel):
 
     Attributes:
         phases: What is trained, one after another.
+        labelled_phase: The one of these that reads labels of capabilities; empty where none does.
         capability_names: The U capabilities whose labels `phase_loss` is given.
         group_of: The number of each category's inner model.
         groups: The categories of each inner model.
     """
 
     phases: tuple[str, ...] = ()
+    labelled_phase: str = ""
     capability_names: Sequence[str] = ()
     group_of: Mapping[str, int]
     groups: Mapping[str, Sequence[str]]
@@ -159,19 +162,21 @@ class Backbone(AdaptedModel):
         setattr(self.encoder.get_submodule(parent), child, wrapped)
         return wrapped
 
-    def lora_experts(self, count: int, rank: int, alpha: float = ALPHA, layers: int | None = None) -> LoraExperts:
-        """New experts.
+    def lora_experts(self, count: int, rank: int, layers: int | None = None) -> LoraExperts:
+        """New experts; what they add is scaled by `ALPHA` divided by the rank.
 
         Args:
             count: N.
             rank: Of each.
-            alpha: Scale of what they add, divided by the rank. With the same for all ranks a step of Adam moves a layer
-                equally far, so that one learning rate suits all.
             layers: In how many last layers, at most as many as are adapted; None is those.
+
+        Raises:
+            ValueError: The rank is not positive, or there are not so many layers.
         """
+        require(rank >= 1, "rank of a LoRA", rank, "must be at least 1")
         first = self.first if layers is None else max(self.first, self.first_of(layers))
         adapted = {name: layer for name, layer in self.adapted.items() if int(name.partition("-")[0]) >= first}
-        return LoraExperts(count, adapted, first, self.width, rank, alpha)
+        return LoraExperts(count, adapted, first, self.width, rank, ALPHA)
 
     # --- the base, in two halves ---------------------------------------------------------------------------------
 
@@ -349,12 +354,29 @@ class Backbone(AdaptedModel):
         return False
 
     def check_plan(self, plan: Sequence[str], pretrained: str | None) -> None:
-        """Called before training; a subclass refuses phases that do not go together.
+        """Called before training: refuse phases that do not go together.
 
         Args:
             plan: The phase of each epoch.
             pretrained: The checkpoint that is trained on, if any.
+
+        Raises:
+            ValueError: A part of a new model would be heard as it was drawn.
         """
+        needed = self.needed_phases(plan)
+        if not pretrained and (missing := [phase for phase in needed if phase not in plan]):
+            raise ValueError(
+                f"epochs without {', '.join(missing)}: what they train would stay as it was drawn, and be heard; a new "
+                f"model needs {', '.join(needed)}. Give them epochs, or go on from a checkpoint (model.pretrained)."
+            )
+
+    def needed_phases(self, plan: Sequence[str]) -> list[str]:
+        """Phases that a new model cannot do without, in their order; the first by default.
+
+        Args:
+            plan: The phase of each epoch.
+        """
+        return list(self.phases[:1])
 
     def begin(self, phase: str) -> None:
         """Called before the first step of a phase; nothing by default."""
@@ -389,11 +411,6 @@ class Backbone(AdaptedModel):
         self.requires_grad_(False)
         for parameter in self.phase_parameters(phase) if phase else []:
             parameter.requires_grad_(True)
-
-    def trained_parameters(self) -> int:
-        """Parameters that any phase trains."""
-        found = {id(p): p.numel() for phase in self.phases for p in self.phase_parameters(phase)}
-        return sum(found.values())
 
 
 def pool_states(hidden: Tensor, mask: Tensor, type_ids: Tensor) -> Tensor:

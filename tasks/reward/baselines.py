@@ -130,6 +130,8 @@ class ObjectiveModel(Backbone):
     DMoERM's aggregation it starts at what people prefer, or almost, reads scores in their units, and may be held there.
     """
 
+    labelled_phase = OBJECTIVES
+
     def __init__(
         self,
         capabilities: list[str],

@@ -213,7 +213,8 @@ class RewardDataModule(ZooDataModule):
             source: `preference`, the development data; `hh_rlhf`, `ultrafeedback` or `rewardbench` (a test alone), from
                 the hub through `datasets`; `file`, the user's own; `generated`, a synthetic set.
             file: Pairs to learn from, or answers to score in prediction: a .parquet, .jsonl, .json or .csv file with
-                the columns prompt, chosen, rejected, and where wanted category and id; in prediction prompt, answer.
+                the columns prompt, chosen, rejected, and where wanted category and id; in prediction prompt, answer,
+                and where wanted category, which says which inner model reads them.
             test_file: Pairs to be scored.
             columns: What the file calls these columns, where otherwise.
             holdout: Share of the training pairs, by prompt and category, to validate on, where the source has none.
@@ -375,6 +376,8 @@ class RewardDataModule(ZooDataModule):
 
         Raises:
             UnknownNameError: There is no such capability.
+            DataNotFoundError: There is no such file of labels.
+            ValueError: It has none for these pairs, or contradicts itself.
         """
         asked = [name for name in names if name != PREFERENCE_ITSELF]
         for dataset in (self.train_set, self.val_set):
@@ -407,8 +410,12 @@ class RewardDataModule(ZooDataModule):
         """A loader of `Batch`es."""
         return super().loader(dataset, shuffle, collate_fn=dataset.collate, **options)  # type: ignore[attr-defined]
 
-    def describe(self) -> str:
-        """What training uses, in words for a model card; after `setup` for fitting."""
+    def describe(self, with_capabilities: bool) -> str:
+        """What training uses, in words for a model card; after `setup` for fitting.
+
+        Args:
+            with_capabilities: Whether the model has any.
+        """
         learned, held_out = self.require("train_set"), self.require("val_set")
         counts = Counter(pair.category for pair in learned.pairs)  # type: ignore[attr-defined]
         named = ", ".join(f"{name or 'no category'} {count}" for name, count in counts.most_common())
@@ -416,9 +423,9 @@ class RewardDataModule(ZooDataModule):
         cut = {part: sum(getattr(one, part) > 0 for one in texts) for part in ("cut_prompt", "cut_answer")}
         synthetic = " (synthetic)" if self.source == "generated" else ""
         wrong = f"; {self.flip:.0%} of their labels made wrong" if self.flip else ""
-        judged = "a file of labels" if self.labels else "measurable properties of the answers"
+        judged = f", capabilities from {'a file of labels' if self.labels else 'measurable properties of the answers'}"
         return (
-            f"{len(learned)} pairs of {self.source}{synthetic} ({named}){wrong}, capabilities from {judged}; "  # type: ignore[arg-type]
+            f"{len(learned)} pairs of {self.source}{synthetic} ({named}){wrong}{judged * with_capabilities}; "  # type: ignore[arg-type]
             f"texts of up to {self.max_length} tokens ({cut['cut_prompt']} of {len(texts)} lost part of the prompt, "
             f"{cut['cut_answer']} part of the answer); watched on {len(held_out)} pairs"  # type: ignore[arg-type]
         )

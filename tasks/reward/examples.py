@@ -1,6 +1,7 @@
 """Preference pairs: readers of files and official sources, a generated set, checks, splits by prompt."""
 
 import json
+from argparse import ArgumentTypeError
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,13 +100,31 @@ def read_pairs(path: str | Path, columns: Mapping[str, str] | None = None) -> li
     Raises:
         DataNotFoundError: There is no such file.
         UnknownNameError: Its suffix or a key of `columns` is not known.
-        ValueError: A needed column is missing, or `check_pairs` refuses the content.
+        ValueError: A needed column is missing or holds no texts, or `check_pairs` refuses the content.
     """
     texts = _columns(path, COLUMNS, NEEDED, columns)
     rows = zip(*(texts[name] for name in COLUMNS), strict=True)
     pairs = [Pair(*row[:4], row[4] or str(number)) for number, row in enumerate(rows, start=1)]
     check_pairs(pairs, str(path))
     return pairs
+
+
+def column_names(text: str) -> dict[str, str]:
+    """`columns` of `read_pairs` as a word of a command line; a type of `argparse`.
+
+    Args:
+        text: A JSON object.
+
+    Raises:
+        ArgumentTypeError: It is none of names.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ArgumentTypeError(f'{text!r}: needed is a JSON object of names such as \'{{"chosen": "better"}}\'')
+    return found
 
 
 def read_candidates(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Candidate]:
@@ -118,7 +137,7 @@ def read_candidates(path: str | Path, columns: Mapping[str, str] | None = None) 
     Raises:
         DataNotFoundError: There is no such file.
         UnknownNameError: Its suffix or a key of `columns` is not known.
-        ValueError: The column of prompts or answers is missing, or a cell of them is empty.
+        ValueError: The column of prompts or answers is missing or holds no texts, or a cell of them is empty.
     """
     names = ("prompt", "answer", "category")
     texts = _columns(path, names, names[:2], columns)
@@ -147,8 +166,16 @@ def _columns(
     if missing := [called[name] for name in dict.fromkeys(mapped) if called[name] not in table]:
         raise ValueError(
             f"{path} has the columns {', '.join(map(str, table.columns))}; it lacks {', '.join(missing)}. Say what "
-            'they are called with --data.columns, e.g. \'{"chosen": "better"}\'.'
+            'they are called with --data.columns, e.g. \'{"chosen": "better"}\' (--columns of other commands).'
         )
+    for column in called.values():
+        for row, cell in enumerate(table.get(column, ()), 1):
+            if isinstance(cell, (list, dict, np.ndarray)):
+                raise ValueError(
+                    f"{path}: row {row} of the column {column!r} holds a {type(cell).__name__}, {str(cell)[:80]!r}; "
+                    "each cell has to be a text. Of a conversation, write the turns before the last answer into the "
+                    "prompt ('user: ...', 'assistant: ...') and the answer alone into its column."
+                )
     blank = pd.Series([""] * len(table))
     return {
         name: table.get(column, blank).astype(object).fillna("").astype(str).tolist() for name, column in called.items()

@@ -1,6 +1,6 @@
 """Which categories share an inner model: thin ones are merged until there are few enough.
 
-    python -m tasks.reward.groups [--root DIR | --file FILE] [--most 6] [--least 200]
+    python -m tasks.reward.groups [--root DIR | --file FILE [--columns JSON]] [--most 6] [--least 200]
 
 prints the groups of a training part as a table, and as a line for a config.
 """
@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from tasks.reward.examples import Pair, prompt_key, read_pairs, read_preference
+from tasks.reward.examples import Pair, column_names, prompt_key, read_pairs, read_preference
 from zoo.data import find
 from zoo.report import print_table
 
@@ -101,20 +101,27 @@ def direction(words: dict[str, np.ndarray], group: Sequence[str]) -> np.ndarray:
     return total / length if length else total
 
 
-def main() -> None:
-    """Print the groups of a training part."""
+def main(args: Sequence[str] | None = None) -> None:
+    """Print the groups of a training part.
+
+    Args:
+        args: Words of the command line; those of the process by default.
+
+    Raises:
+        SystemExit: An argument is wrong, or data are missing; the message says what to do.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="the data root; else MOE_ZOO_DATA")
     parser.add_argument("--file", help="pairs of your own")
+    parser.add_argument("--columns", type=column_names, help="what the file calls its columns, as --data.columns")
     parser.add_argument("--most", type=int, default=6, help="inner models")
     parser.add_argument("--least", type=int, default=200, help="pairs of one")
-    options = parser.parse_args()
-    if options.file:
-        pairs = read_pairs(options.file)
-    else:
-        paths = [find(options.root, path, HOW_TO_GET_PREFERENCES) for path in PREFERENCE["train"]]
-        pairs = [pair for path in paths for pair in read_preference(path)]
-    groups = merge_categories(pairs, options.most, options.least)
+    options = parser.parse_args(args)
+    try:
+        pairs = _read(options)
+        groups = merge_categories(pairs, options.most, options.least)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     counts = Counter(pair.category for pair in pairs)
     rows = [
         {
@@ -126,6 +133,16 @@ def main() -> None:
     ]
     print_table(f"{len(counts)} categories in {len(groups)} inner models", rows)
     print(f"groups: {json.dumps(groups)}")
+
+
+def _read(options: argparse.Namespace) -> list[Pair]:
+    """The pairs of the file, or the training part of the development data."""
+    if options.file:
+        return read_pairs(options.file, options.columns)
+    if options.columns:
+        raise ValueError("--columns says what the columns of a file are called: name one with --file.")
+    paths = [find(options.root, path, HOW_TO_GET_PREFERENCES) for path in PREFERENCE["train"]]
+    return [pair for path in paths for pair in read_preference(path)]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tasks.reward.examples import Pair, read_pairs, read_preference, read_table
+from tasks.reward.examples import (
+    OFFICIAL,
+    Pair,
+    column_names,
+    load_official,
+    read_pairs,
+    read_preference,
+    read_table,
+)
 from zoo.errors import UnknownNameError
 from zoo.report import print_table, run_folder
 
@@ -42,6 +50,7 @@ ANSWERS = get_args(Answer)
 SWAPPED: Mapping[Answer, Answer] = {"first": "second", "second": "first", "tie": "tie"}
 # What a file of labels says, and the sign of each.
 SIGNS = {"chosen": 1, "rejected": -1, "tie": 0}
+TRAIN = "train"
 LABEL_COLUMNS = ("id", "capability", "preferred")
 WRITERS: Mapping[str, Callable[[pd.DataFrame, Path], None]] = {
     ".parquet": lambda table, path: table.to_parquet(path, index=False),
@@ -700,7 +709,11 @@ def main(args: Sequence[str] | None = None) -> None:
         "python -m tasks.reward.labelling",
         description="Capability labels by a chat model. Run the same command again to go on after an interruption.",
     )
-    parser.add_argument("--file", required=True, help="pairs, as for --data.file, or a part of the development data")
+    pairs_of = parser.add_mutually_exclusive_group(required=True)
+    pairs_of.add_argument("--file", help="pairs, as for --data.file, or a part of the development data")
+    official = [name for name, of in OFFICIAL.items() if TRAIN in of.splits]
+    pairs_of.add_argument("--source", choices=official, help="the training pairs of an official set, as --data.source")
+    parser.add_argument("--columns", type=column_names, help="what the file calls its columns, as --data.columns")
     parser.add_argument("--url", required=True, help="an OpenAI-compatible API, e.g. http://localhost:8000/v1")
     parser.add_argument("--model", required=True, help="the model's name there")
     parser.add_argument("--out", required=True, help="labels: a .parquet, .jsonl or .csv file")
@@ -724,7 +737,7 @@ def main(args: Sequence[str] | None = None) -> None:
         labeller = EndpointLabeller(options.url, options.model, options.key_variable, own)
         if options.limit is not None and options.limit < 1:
             raise ValueError(f"--limit {options.limit}: must be at least 1.")
-        pairs = _read(options.file)[: options.limit]
+        pairs = _read(options.file, options.source, options.columns)[: options.limit]
         cache = options.cache or out.with_name(f"{out.name}.cache.jsonl")
         labels = label_pairs(pairs, list(described), labeller, cache, workers=options.workers)
         write_labels(out, pairs, labels)
@@ -734,10 +747,15 @@ def main(args: Sequence[str] | None = None) -> None:
     print(out)
 
 
-def _read(path: str) -> list[Pair]:
+def _read(path: str | None, source: str | None, columns: Mapping[str, str] | None) -> list[Pair]:
     """Pairs with the ids that the datamodule gives them; the development data are known by a column of their own."""
-    development = "prompt_has_generation_leak" in read_table(path)
-    return read_preference(path) if development else read_pairs(path)
+    if path is not None and "prompt_has_generation_leak" not in read_table(path):
+        return read_pairs(path, columns)
+    if columns:
+        raise ValueError(
+            f"--columns {json.dumps(columns)} has no effect on {path or source}, whose columns are known: leave it out."
+        )
+    return load_official(source or "", TRAIN) if path is None else read_preference(path)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class AdaptedLinear(nn.Module):
 
     Attributes:
         base: The layer itself.
-        stacks: What is added to it now; `LoraExperts.attached` sets it.
+        stacks: What is added to it now; `attached` sets it.
         texts: B of the batch that is being read.
     """
 

@@ -4,20 +4,19 @@ import torch
 from torch import Tensor, nn
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-    """The mean of `-log sigmoid(chosen - rejected - margin)` (Bradley and Terry 1952; Ouyang et al. 2022).
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """The mean of `-log sigmoid(chosen - rejected)` (Bradley and Terry 1952; Ouyang et al. 2022).
 
     Args:
         chosen: Rewards of the better answers, any shape.
         rejected: Of the others, the same shape.
-        margin: By how much the better one has to be above; DMoERM has none (Llama 2, arXiv 2307.09288, has).
 
     Raises:
         ValueError: There is no pair.
     """
     if not chosen.numel():
         raise ValueError("There is no pair to compute a loss of.")
-    return -nn.functional.logsigmoid(chosen - rejected - margin).mean()
+    return -nn.functional.logsigmoid(chosen - rejected).mean()
 
 
 def capability_loss(chosen: Tensor, rejected: Tensor, preferences: Tensor) -> Tensor:

@@ -227,6 +227,7 @@ class DMoERM(Backbone):
     """
 
     phases = PHASES
+    labelled_phase = CAPABILITY
     columns: Tensor
 
     def __init__(
@@ -421,16 +422,24 @@ class DMoERM(Backbone):
                 f"epochs with {WEIGH!r} need {AGGREGATE!r}, which starts from it, and aggregate_start='preference'; "
                 f"found phases {', '.join(dict.fromkeys(plan))} and aggregate_start={self.aggregate_start!r}."
             )
-        if self.general is not None and not pretrained and AGGREGATE in plan and JOINT not in plan:
-            raise ValueError(
-                f"general_rank={self.general_rank}: the general expert learns in the phase {JOINT!r}; give that "
-                "epochs, or leave out the expert."
-            )
+        super().check_plan(plan, pretrained)
+
+    def needed_phases(self, plan: Sequence[str]) -> list[str]:
+        """All but `weigh`, of what it has; `joint` may train the task model of a single group."""
+        general, several = self.general is not None, len(self.groups) > 1
+        needed = {
+            ROUTER: several,
+            JOINT: general,
+            TASK: several or general or JOINT not in plan,
+            CAPABILITY: bool(self.capability_names),
+            AGGREGATE: bool(self.capability_names),
+        }
+        return [phase for phase, is_needed in needed.items() if is_needed]
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         """What a phase trains."""
         if phase == ROUTER:
-            return [*self.prompt_body.parameters(), *self.outer.router.parameters()]
+            return [*self.prompt_body.parameters(), *self.outer.router.parameters()] if self.reads_prompts else []
         if phase == JOINT:
             return list(self.joint_experts.parameters())
         if phase == TASK:

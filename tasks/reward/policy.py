@@ -53,6 +53,12 @@ class Policy:
         """
         self.model = load_causal(base, base_sha256).requires_grad_(False)
         self.tokenizer = load_tokenizer(base)
+        ends = self.model.generation_config.eos_token_id
+        self.ends: list[int] = ends if isinstance(ends, list) else [ends]
+        # The first of what ends an answer also pads.
+        self.end = self.ends[0]
+        # Its makers may have set penalties of repetition and the like, which would make others of its probabilities.
+        self.model.generation_config = type(self.model.generation_config)(eos_token_id=self.ends)
         self.taught = False
 
     def ask(self, prompt: str) -> list[int]:
@@ -101,16 +107,10 @@ class Policy:
             for place, prompt in enumerate(prompts)
         ]
 
-    @property
-    def end(self) -> int:
-        """The token that ends an answer."""
-        end = self.model.generation_config.eos_token_id
-        return int(end[0] if isinstance(end, list) else end)
-
     def answered(self, prompt: str, tokens: list[int]) -> Answered:
         """An answer of its tokens, without padding."""
-        if self.end in tokens:
-            tokens = tokens[: tokens.index(self.end) + 1]
+        places = [place for place, token in enumerate(tokens) if token in self.ends]
+        tokens = tokens[: places[0] + 1] if places else tokens
         return Answered(prompt, self.tokenizer.decode(tokens, skip_special_tokens=True).strip(), tokens)
 
     def log_likelihoods(self, answers: Sequence[Answered]) -> Tensor:

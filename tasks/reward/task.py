@@ -77,7 +77,7 @@ class RewardTask(MoETask):
             network: Arguments of that class that differ from its defaults.
             pretrained: Name of a zoo checkpoint, or a folder written by `zoo.save`, in place of a new network.
             epochs: Of each phase that is trained, see the class's `phases`; their order is that of the phases.
-            rivals: Checkpoints of other reward models, by a name, that `test` compares with.
+            rivals: Checkpoints of other reward models on the same base, by a name, that `test` compares with.
             cache: Where to keep what the frozen layers make of each text: `memory`, or a folder that later runs find
                 it in; about 0.2 MB a text. None computes it anew in every epoch.
             lr: Peak learning rate of AdamW, reached anew in each phase.
@@ -88,7 +88,7 @@ class RewardTask(MoETask):
 
         Raises:
             UnknownNameError: There is no such kind, argument of the network, or phase.
-            ValueError: Both a new network and a checkpoint are asked for.
+            ValueError: Both a new network and a checkpoint are asked for, or a rival has a name that means another.
         """
         if kind not in MODELS:
             raise UnknownNameError("kind of reward model", kind, MODELS)
@@ -98,6 +98,8 @@ class RewardTask(MoETask):
         self.pretrained = pretrained
         self.epochs = epochs or {}
         self.rival_names = rivals or {}
+        if taken := sorted({*self.rival_names} & {OURS, ORACLE, RANDOM, LONGER}):
+            raise ValueError(f"rivals: {', '.join(taken)} is what tables call something else; choose another name.")
         self.phase_lr = phase_lr or {}
         self.head_lr = head_lr
         # Plain mappings, so that Lightning saves none of them.
@@ -135,28 +137,37 @@ class RewardTask(MoETask):
 
     @property
     def phase(self) -> str:
-        """What the current epoch trains; outside of fitting, the last phase."""
+        """What the current epoch trains; outside of fitting, the last phase, or the last that the model has."""
         if self.trainer.state.fn != TrainerFn.FITTING:
-            return (self.plan or self.model.phases)[-1]
+            return self.plan[-1] if self.plan else [p for p in self.model.phases if self.model.phase_parameters(p)][-1]
         return self.plan[min(self.trainer.current_epoch, len(self.plan) - 1)]
 
     def setup(self, stage: str) -> None:
         """Compare the model with the data and the trainer.
 
         Raises:
-            ValueError: They have different bases, or the trainer's epochs are not those of the phases.
-            UnknownNameError: A category of the training pairs belongs to no inner model.
+            ValueError: They have different bases, the trainer's epochs are not those of the phases, or it has several
+                processes.
+            UnknownNameError: A category of the training pairs, or of answers to be scored, belongs to no inner model.
         """
         if self.data.base != self.model.base:
             raise ValueError(
                 f"The reward model is built on {self.model.base!r}, the data are cut by the tokenizer of "
                 f"{self.data.base!r}: set --data.base to the model's."
             )
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"The trainer has {self.trainer.world_size} processes; phases, in which most of the model is frozen, "
+                "are for one: set --trainer.devices=1 and --trainer.num_nodes=1."
+            )
         if stage == "fit":
             self.check_plan()
+        if stage == "predict":
+            self.check_categories(self.data.predict_set)
         if stage not in ("fit", "validate"):
             return
-        self.data.label(self.model.capability_names)
+        labelled = self.model.labelled_phase in (self.plan or [self.phase])
+        self.data.label(self.model.capability_names if labelled else [])
         if stage == "fit" and not {*self.plan} & {*HELD_BACK}:
             # Nobody would learn from what is held back.
             self.data.train_set.held_back[:] = False  # type: ignore[union-attr]
@@ -164,11 +175,21 @@ class RewardTask(MoETask):
             for dataset in (self.data.train_set, self.data.val_set):
                 if dataset is not None and self.pretrained is not None:
                     self.name_categories(dataset)
-                for name in dict.fromkeys(dataset.categories if dataset else ()):
-                    if name not in self.model.group_of:
-                        raise UnknownNameError(
-                            "category without an inner model", name, self.model.group_of, "See network.groups."
-                        )
+                self.check_categories(dataset, needed=True)
+
+    def check_categories(self, dataset: TextDataset | None, needed: bool = False) -> None:
+        """Refuse a category of some texts that belongs to no inner model.
+
+        Args:
+            dataset: The texts; None has none.
+            needed: Whether each has to have one, and the router cannot say.
+        """
+        if len(self.model.groups) > 1:
+            for name in dict.fromkeys(dataset.categories if dataset else ()):
+                if (name or needed) and name not in self.model.group_of:
+                    raise UnknownNameError(
+                        "category without an inner model", name, self.model.group_of, "See network.groups."
+                    )
 
     @torch.no_grad()
     def name_categories(self, dataset: PairDataset) -> None:
@@ -201,7 +222,6 @@ class RewardTask(MoETask):
         for phase in dict.fromkeys(self.plan):
             if not self.model.phase_parameters(phase):
                 raise ValueError(f"epochs={self.epochs}: this {type(self.model).__name__} has nothing for {phase!r}.")
-        self.model.check_plan(self.plan, self.pretrained)
         if self.trainer.max_epochs != len(self.plan):
             raise ValueError(
                 f"trainer.max_epochs={self.trainer.max_epochs}: has to be {len(self.plan)}, the sum of epochs="
@@ -209,6 +229,7 @@ class RewardTask(MoETask):
             )
         if self.trainer.reload_dataloaders_every_n_epochs != 1:
             raise ValueError("Phases learn from other pairs: set trainer.reload_dataloaders_every_n_epochs to 1.")
+        self.model.check_plan(self.plan, self.pretrained)
 
     def configure_optimizers(self) -> Any:
         """AdamW over all that any phase trains; what a phase does not train gets no gradient, and is not touched."""
@@ -352,11 +373,21 @@ class RewardTask(MoETask):
     # --- testing --------------------------------------------------------------------------------------------------
 
     def on_test_start(self) -> None:
-        """Begin new results."""
+        """Load the rivals and begin new results.
+
+        Raises:
+            ValueError: A rival has another base: it would read tokens that are not its own.
+        """
         self.rivals = {
             name: hub.load_as(path, *MODELS.values()).to(self.device).eval()  # type: ignore[type-abstract]
             for name, path in self.rival_names.items()
         }
+        for name, rival in self.rivals.items():
+            if rival.base_sha256 != self.model.base_sha256:
+                raise ValueError(
+                    f"The rival {name!r} is built on {rival.base!r}, ours on {self.model.base!r}, or on other weights "
+                    "of it: texts are cut once for all. Test it by itself."
+                )
         count = len(self.data.require("test_set"))  # type: ignore[arg-type]
         names = [OURS, *([ORACLE, RANDOM] if len(self.model.groups) > 1 else []), *self.rivals]
         self.rewards = {name: np.full((2, count), np.nan) for name in names}
@@ -382,7 +413,7 @@ class RewardTask(MoETask):
     def report(self, folder: Path) -> dict[str, float]:
         """Print the tables; write `metrics.json`, `predictions.parquet` and the figures."""
         dataset: PairDataset = self.data.require("test_set")  # type: ignore[assignment]
-        read = np.flatnonzero(~np.isnan(self.rewards[OURS][0]))
+        read = np.flatnonzero(self.routes >= 0)
         pairs = [dataset.pairs[place] for place in read]
         lengths = length_differences(pairs)
         differences = {name: (of[0] - of[1])[read] for name, of in self.rewards.items()} | {LONGER: lengths}
@@ -445,12 +476,14 @@ class RewardTask(MoETask):
         self.prediction_rows = []
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Score a batch of answers."""
+        """Score a batch of answers; a category that is named says which inner model reads them."""
         dataset: CandidateDataset = self.data.require("predict_set")  # type: ignore[assignment]
-        reading = self.model.read(self.inputs(self.model, batch, dataset))
+        inputs = self.inputs(self.model, batch, dataset)
+        reading = self.model.read(inputs, oracle=True)
+        routes = torch.where(inputs.groups >= 0, inputs.groups, reading.route).tolist()
         names = list(self.model.groups)
-        for number, row in enumerate(batch.rows):
-            one, route = dataset.candidates[row], int(reading.route[number])
+        for number, (row, route) in enumerate(zip(batch.rows, routes, strict=True)):
+            one = dataset.candidates[row]
             scores = zip(self.model.score_names(route), reading.scores[number].tolist(), strict=True)
             found = {"prompt": one.prompt, "answer": one.answer, "reward": float(reading.reward[number])}
             self.prediction_rows.append(found | {"inner model": names[route]} | dict(scores))
@@ -508,7 +541,8 @@ def reward_card(model: Backbone, data: RewardDataModule, epochs: dict[str, int])
         LoraEnsemble: "LoRA ensemble",
         ObjectiveModel: "Several objectives on one LoRA",
     }
-    what = "Single LoRA" if isinstance(model, DMoERM) and len(model.groups) == 1 else whats[type(model)]
+    single = isinstance(model, DMoERM) and len(model.groups) == 1 and not model.capability_names
+    what = "Single LoRA" if single else whats[type(model)]
     phases = ", ".join(f"{phase} {count}" for phase, count in epochs.items())
     return hub.Card(
         title=f"{what} as a reward model",
@@ -517,7 +551,7 @@ def reward_card(model: Backbone, data: RewardDataModule, epochs: dict[str, int])
             f"Scores answers to prompts. Holds what was trained alone and needs the base {model.base}. Rewards compare "
             "answers to the same prompt; across prompts they mean nothing."
         ),
-        data=f"{data.describe()}; epochs by phase: {phases}.",
+        data=f"{data.describe(bool(model.capability_names))}; epochs by phase: {phases}.",
         data_terms="its trainer's to say",
         weights_licence="its trainer's to say",
         preprocessing={"base": model.base, "max_length": data.max_length, "least_prompt": data.least_prompt},

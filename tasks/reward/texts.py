@@ -55,6 +55,14 @@ def is_encoder(tokenizer: "PreTrainedTokenizerFast") -> bool:
     return tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
 
 
+def ends_of(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+    """What a text begins and ends with."""
+    if is_encoder(tokenizer):
+        return [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+    before, after = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return [] if before is None else [before], [] if after is None else [after]
+
+
 def encode_texts(
     prompts: Sequence[str],
     answers: Sequence[str],
@@ -79,12 +87,8 @@ def encode_texts(
         ValueError: The length leaves no room.
     """
     encoder = is_encoder(tokenizer)
-    if encoder:
-        before, between, after = [tokenizer.cls_token_id], [tokenizer.sep_token_id], [tokenizer.sep_token_id]
-    else:
-        before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        between = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
-        after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    before, after = ends_of(tokenizer)
+    between = after if encoder else tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     sizes = tokenizer([str(size) + ("" if encoder else "\n") for size in range(LONGEST + 1)], add_special_tokens=False)
     most = max(map(len, sizes["input_ids"]))
     room = max_length - len(before) - len(between) - len(after) - most
@@ -115,11 +119,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerFast",
         tokenizer: Of the base.
         max_length: Tokens of a prompt.
     """
-    if is_encoder(tokenizer):
-        before, after = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
-    else:
-        before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    before, after = ends_of(tokenizer)
     room = max_length - len(before) - len(after)
     found = []
     for asked in _pieces([with_speaker(one) for one in prompts], tokenizer):

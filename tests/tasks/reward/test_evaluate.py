@@ -188,7 +188,6 @@ def test_the_loss_falls_when_the_chosen_answer_rises():
     assert loss.item() == pytest.approx(expected)
     loss.backward()
     assert (chosen.grad < 0).all() and (rejected.grad > 0).all()
-    assert bradley_terry_loss(chosen, rejected, margin=1.0) > loss
     # Far apart, and no overflow.
     assert bradley_terry_loss(torch.tensor([-1e4]), torch.tensor([1e4])).item() == pytest.approx(2e4)
     with pytest.raises(ValueError, match="no pair"):

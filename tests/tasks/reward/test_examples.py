@@ -26,6 +26,7 @@ from tasks.reward.examples import (
     without_prompts_of,
 )
 from tasks.reward.groups import HARMLESS, PREFERENCE, merge_categories
+from tasks.reward.groups import main as show_groups
 from zoo.errors import DataNotFoundError, UnknownNameError
 
 ROWS = [
@@ -72,6 +73,13 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": ')
     with pytest.raises(ValueError, match=r"not a \.jsonl file"):
         read_pairs(tmp_path / "pairs.jsonl")
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+    for suffix in ("jsonl", "parquet"):
+        table = pd.DataFrame([{**ROWS[1], "rejected": turns}])
+        path = tmp_path / f"turns.{suffix}"
+        table.to_parquet(path) if suffix == "parquet" else table.to_json(path, orient="records", lines=True)
+        with pytest.raises(ValueError, match=r"row 1 of the column 'rejected' holds a (list|ndarray), .*'role'"):
+            read_pairs(path)
     pd.DataFrame([{"prompt": "p", "answer": " "}]).to_csv(tmp_path / "answers.csv", index=False)
     with pytest.raises(ValueError, match="empty in prompt or answer: 1"):
         read_candidates(tmp_path / "answers.csv")
@@ -220,10 +228,26 @@ def test_thin_categories_join_those_with_similar_prompts():
     assert merge_categories(pairs, most=1) == {"code": ["bugs", "code", "poem", "song"]}
     # Another goal is never merged with these, however thin or similar.
     apart = merge_categories(pairs, most=2, least=10, apart=["song"])
-    assert apart == {"code": ["bugs", "code"], "poem": ["poem"], "song": ["song"]} or "song" in apart
-    assert apart["song"] == ["song"]
+    assert apart == {"code": ["bugs", "code", "poem"], "song": ["song"]}
     with pytest.raises(ValueError, match="most=0"):
         merge_categories(pairs, most=0)
+
+
+def test_the_command_prints_groups_for_a_config(tmp_path, capsys):
+    path = tmp_path / "own.csv"
+    pairs = many("code", 9, "write a python function") + many("bugs", 5, "fix my python function")
+    pd.DataFrame(pairs).rename(columns={"category": "kind"}).to_csv(path, index=False)
+    show_groups(["--file", str(path), "--columns", '{"category": "kind"}', "--least", "1"])
+    assert 'groups: {"code": ["code"], "bugs": ["bugs"]}' in capsys.readouterr().out
+    for words, said in (
+        (["--file", str(path), "--most", "0"], "most=0"),
+        (["--file", "none.csv"], "none.csv"),
+        (["--columns", '{"category": "kind"}'], "name one with --file"),
+        (["--columns", '["kind"]'], "a JSON object of names"),
+    ):
+        with pytest.raises(SystemExit):
+            show_groups(words)
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.skipif("MOE_ZOO_DATA" not in os.environ, reason="needs the development data (MOE_ZOO_DATA)")

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from tasks.reward import labelling
-from tasks.reward.examples import Pair
+from tasks.reward.examples import Pair, read_pairs
 from tasks.reward.labelling import (
     ASPECTS,
     MALFORMED_IN_A_ROW,
@@ -543,6 +543,31 @@ def test_the_command_knows_the_development_data(server: Server, tmp_path: Path) 
     table.to_parquet(tmp_path / "pairs.parquet")
     main(words)
     assert pd.read_csv(tmp_path / "labels.csv").id.tolist() == [f"helpfulness/{pair.id}" for pair in PAIRS[1:]]
+
+
+def test_the_command_gives_pairs_the_ids_that_training_gives_them(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command(server, tmp_path, out="labels.csv")
+    path = tmp_path / "own.csv"
+    table = pd.DataFrame(PAIRS).drop(columns=["id", "category"]).assign(uid=[f"u{pair.id}" for pair in PAIRS])
+    table.rename(columns={"chosen": "better"}).to_csv(path, index=False)
+    columns = {"chosen": "better", "id": "uid"}
+    main([*words, "--file", str(path), "--columns", json.dumps(columns)])
+    pairs = read_pairs(path, columns)
+    assert (read_labels(tmp_path / "labels.csv", pairs, ["depth"]) == 1).all() and pairs[0].id == f"u{PAIRS[0].id}"
+    with pytest.raises(SystemExit):
+        main([*words, "--file", str(path), "--columns", "chosen=better"])
+    assert "a JSON object of names" in capsys.readouterr().err
+    asked = []
+    monkeypatch.setattr(labelling, "load_official", lambda *of: asked.append(of) or PAIRS)
+    words = words[words.index("--url") :]
+    main([*words, "--source", "ultrafeedback"])
+    assert asked == [("ultrafeedback", "train")]
+    assert pd.read_csv(tmp_path / "labels.csv", dtype=str).id.tolist() == [pair.id for pair in PAIRS]
+    with pytest.raises(SystemExit):
+        main([*words, "--source", "ultrafeedback", "--columns", json.dumps(columns)])
+    assert "has no effect on ultrafeedback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

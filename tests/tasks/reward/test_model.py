@@ -34,6 +34,11 @@ def dmoerm(base, **changes):
     return DMoERM(GROUPS, list(CAPABILITIES), base, aggregate_dim=8, router_dim=8, **changes)
 
 
+def count_trained(model):
+    """Parameters that any phase trains."""
+    return sum({id(p): p.numel() for phase in model.phases for p in model.phase_parameters(phase)}.values())
+
+
 def peft_state(base, found, groups):
     """The last state that PEFT gives with some LoRAs added up, each in the form `{name: (A, B, scaling)}`."""
     model = load_encoder(base)
@@ -321,7 +326,7 @@ def test_inner_models_may_share_their_experts(bases, tmp_path):
     first, second = model.inner
     assert first.experts is second.experts and first.task is not second.task and first.combine is not second.combine
     one = sum(p.numel() for p in first.experts.parameters())
-    assert apart.trained_parameters() - model.trained_parameters() == one
+    assert count_trained(apart) - count_trained(model) == one
     inputs = inputs_of(model, texts(), ROUTES)
     preferences = torch.tensor([[1, -1], [1, 1], [-1, 0]], dtype=torch.int8)
     stir(model)
@@ -523,11 +528,11 @@ def test_phases_without_effect_are_refused(bases):
     names, last = ["length", "preference"], ["task", "capability", "weigh", "aggregate"]
     plain, general = (dmoerm_of(bases["bert"], "score", True, names, general_rank=rank) for rank in (0, 4))
     for model, plan, pretrained in (
-        (plain, ["joint", *last], None),
+        (plain, ["router", "joint", *last], None),
+        (plain, ["router", "task", "capability", "aggregate"], None),
         (plain, ["aggregate"], "one"),
-        (general, ["joint", *last], None),
+        (general, ["router", "joint", *last], None),
         (general, ["joint", "task"], "one"),
-        (general, ["task"], None),
     ):
         model.check_plan(plan, pretrained)
     with pytest.raises(ValueError, match="'joint': it makes what a later phase starts from, and that of one has gone"):
@@ -539,8 +544,36 @@ def test_phases_without_effect_are_refused(bases):
             model.check_plan(["joint", "weigh", "weigh"], None)
     with pytest.raises(ValueError, match="aggregate_start='random'"):
         dmoerm_of(bases["bert"], "score", True, names, aggregate_start="random").check_plan(last, None)
-    with pytest.raises(ValueError, match="general_rank=4: the general expert learns in the phase 'joint'"):
-        general.check_plan(last, None)
+
+
+def test_no_part_of_a_new_model_is_heard_as_it_was_drawn(bases):
+    names, base = ["length", "preference"], bases["bert"]
+    one = {"all": []}
+    alone, mixture = DMoERM(one, base=base), DMoERM(one, names, base)
+    several, general = (dmoerm_of(base, "score", True, names, general_rank=rank) for rank in (0, 4))
+    gated = ObjectiveModel(["length"], gate=True, base=base)
+    for model, plan in (
+        (alone, ["joint"]),
+        (alone, ["task"]),
+        (mixture, ["joint", "capability", "aggregate"]),
+        (mixture, ["task", "capability", "aggregate"]),
+        (DMoERM(GROUPS, base=base), ["router", "task"]),
+        (gated, ["objectives"]),
+    ):
+        model.check_plan(plan, None)
+    for model, plan, missing in (
+        (mixture, ["joint", "task"], "capability, aggregate"),
+        (mixture, ["capability", "aggregate"], "task"),
+        (several, ["joint"], "router, task, capability, aggregate"),
+        (DMoERM(GROUPS, base=base), ["router", "joint"], "task"),
+        (DMoERM(GROUPS, base=base), ["task"], "router"),
+        (general, ["router", "task", "capability", "weigh", "aggregate"], "joint"),
+        (gated, ["gate"], "objectives"),
+    ):
+        with pytest.raises(ValueError, match=f"epochs without {missing}: what they train would stay as it was drawn"):
+            model.check_plan(plan, None)
+        model.check_plan([phase for phase in plan if phase not in ("joint", "weigh")], "a checkpoint")
+    assert not alone.phase_parameters("router"), "one group needs none"
 
 
 def test_groups_may_have_capabilities_of_their_own(bases):
@@ -628,7 +661,7 @@ def test_a_checkpoint_holds_what_was_trained_alone(bases, kind, tmp_path):
         for name, value in loaded.state_dict().items()
         if not name.endswith((".square", ".batches", ".units.value"))
     ]
-    assert sum(counted) == model.trained_parameters()
+    assert sum(counted) == count_trained(model)
     with torch.no_grad():
         assert torch.equal(loaded(**found), model(**found))
 
@@ -637,9 +670,9 @@ def test_the_checkpoint_at_full_size_is_below_25_mb(tmp_path):
     """As configured, in half precision, on a base as wide as MiniLM; its feed-forward networks are half as wide."""
     network = yaml.safe_load(Path("configs/reward/dmoerm-minilm.yaml").read_text())["model"]["init_args"]["network"]
     base = save_base(tmp_path / "base", 384)
-    assert 1.5e6 < 2 * DMoERM(**network, base=base).trained_parameters() < 2.5e6
+    assert 1.5e6 < 2 * count_trained(DMoERM(**network, base=base)) < 2.5e6
     own = {**network, "share_capabilities": False}
-    assert 2 * DMoERM(**own, base=base).trained_parameters() < 25e6, "nor would it be if all had experts of their own"
+    assert 2 * count_trained(DMoERM(**own, base=base)) < 25e6, "nor would it be if all had experts of their own"
 
 
 def test_heads_that_learn_what_people_prefer_are_held_to_zero(bases):

@@ -1,5 +1,7 @@
 """A policy's probabilities against the model's own, what teaching changes, and rewards against the model's forward."""
 
+import json
+
 import pytest
 import torch
 
@@ -60,6 +62,20 @@ def test_an_answer_ends_where_it_says_so(base):
     policy = Policy(base)
     one = policy.answered("p", [7, policy.end, policy.end])
     assert one.tokens == [7, policy.end]
+
+
+def test_nothing_but_the_policys_own_probabilities_is_drawn_from(base, tmp_path):
+    plain, folder = Policy(base), tmp_path / "penalised"
+    plain.model.save_pretrained(folder)
+    plain.tokenizer.save_pretrained(folder)
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"repetition_penalty": 50.0, "eos_token_id": [plain.end, 7]}))
+    penalised = Policy(str(folder))
+    # Another token ends an answer too.
+    assert penalised.ends == [plain.end, 7] and penalised.answered("p", [5, 7, 6]).tokens == [5, 7]
+    ours, theirs = (policy.sample([PROMPT], 8, 6)[0] for policy in (plain, penalised))
+    assert [penalised.answered(PROMPT, one.tokens).tokens for one in ours] == [one.tokens for one in theirs]
 
 
 def test_teaching_makes_answers_likelier_and_leaves_the_base(base):

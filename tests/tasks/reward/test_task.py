@@ -55,6 +55,10 @@ def network(base: str, **changes: Any) -> list[str]:
     return ["--model.network", json.dumps(arguments), "--model.cache=memory"]
 
 
+# Without general expert, what a new model needs.
+NEW = dict.fromkeys(("router", "task", "capability", "aggregate"), 1)
+
+
 def epochs(**counts: int) -> list[str]:
     return ["--model.epochs", json.dumps(counts), f"--trainer.max_epochs={sum(counts.values())}"]
 
@@ -108,10 +112,13 @@ def test_a_run_goes_through_all_phases_and_saves_what_it_trained(trained: Path, 
     assert state.keys() == {f"model.{name}" for name in model.state_dict()}
     assert not any("encoder" in name for name in state)
     arguments = {"base": base, "groups": GROUPS, "capabilities": ["length", "no_repetition"], **WHOLE}
+    # What the run began with.
+    pl.seed_everything(0, verbose=False)
     fresh = RewardTask("dmoerm", arguments).model
     for phase in PHASES:
-        assert any(p.detach().abs().sum() > 0 for p in model.phase_parameters(phase)), phase
-    assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
+        pairs = list(zip(fresh.phase_parameters(phase), model.phase_parameters(phase), strict=True))
+        assert all(start.shape == end.shape for start, end in pairs)
+        assert not all(torch.equal(start, end) for start, end in pairs), phase
 
 
 def test_an_interrupted_run_resumes_as_if_it_had_not_been(
@@ -180,8 +187,8 @@ def test_a_router_finds_the_inner_models_of_pairs_without_a_category(
     batch = data.train_set.collate(list(range(len(data.train_set))))
     routes = task.model.read(task.inputs(task.model, batch, data.train_set)).route[: len(batch)]
     assert [task.model.group_of[name] for name in data.train_set.categories] == routes.tolist()
-    assert f"(no category {len(batch)})" in data.describe(), "a card names what the file names"
-    new = ["fit", "-c", MAIN, *network(base), *epochs(joint=1), "--data.source=file", f"--data.file={path}"]
+    assert f"(no category {len(batch)})" in data.describe(True), "a card names what the file names"
+    new = ["fit", "-c", MAIN, *network(base), *epochs(**NEW), "--data.source=file", f"--data.file={path}"]
     assert "category without an inner model ''" in sentence(capsys, *new, f"--data.base={base}", *SMALL)
 
 
@@ -243,9 +250,9 @@ def test_a_prompt_astray_is_so_with_all_its_answers(trained: Path, base: str) ->
     ("phases", "held"), [(("task", "aggregate"), True), (("task",), False), (("aggregate",), True)]
 )
 def test_pairs_are_held_back_where_a_phase_learns_from_them(
-    base: str, tmp_path: Path, phases: tuple[str, ...], held: bool
+    base: str, trained: Path, tmp_path: Path, phases: tuple[str, ...], held: bool
 ) -> None:
-    counts = ["--model.epochs", json.dumps(dict.fromkeys(phases, 1)), f"--trainer.max_epochs={len(phases)}"]
+    model = ["--model.network=null", f"--model.pretrained={trained}/checkpoint"]
     seen: list[bool] = []
     original = RewardTask.on_train_epoch_start
 
@@ -255,7 +262,8 @@ def test_pairs_are_held_back_where_a_phase_learns_from_them(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RewardTask, "on_train_epoch_start", watch)
-        main(["fit", "-c", MAIN, *network(base), *counts, *generated(base), "--out", str(tmp_path)])
+        counts = epochs(**dict.fromkeys(phases, 1))
+        main(["fit", "-c", MAIN, *model, *counts, *generated(base), "--out", str(tmp_path)])
     assert seen == [held] * len(phases)
 
 
@@ -268,6 +276,8 @@ def test_what_a_phase_does_not_change_is_digested_once(base: str, tmp_path: Path
     last = {"dmoerm": "aggregate", "objectives": "gate"}[kind]
     task = RewardTask(kind, arguments, epochs={last: 3})
     stir(task.model)
+    # Stirred, it is not heard as it was drawn.
+    task.model.check_plan = lambda plan, pretrained: None
     data = RewardDataModule(source="generated", base=base, batch_size=8, limit=24)
     calls: list[int] = []
     digest = task.model.digest
@@ -313,6 +323,80 @@ def test_predict_ranks_answers(
     assert rows["answer"].tolist() == table["said"].tolist()
     # Two answers of each prompt.
     assert rows.groupby("prompt")["rank"].max().max() == 2
+
+
+def test_a_category_that_is_named_says_which_inner_model_reads_an_answer(
+    trained: Path, own: Path, tmp_path: Path, capsys: Any
+) -> None:
+    table = pd.read_csv(own).rename(columns={"chosen": "answer"})[["prompt", "answer", "category"]]
+    routed, wrong = table.drop(columns="category"), table.copy()
+    wrong["category"] = wrong["category"].map(lambda name: next(other for other in EACH if name != other))
+    command = ["predict", f"{trained}/checkpoint", *SMALL[2:], "--out", str(tmp_path), "--data.source=file"]
+    found = {}
+    for name, of in {"routed": routed, "told": table, "wrong": wrong}.items():
+        of.to_csv(tmp_path / f"{name}.csv", index=False)
+        main([*command, f"--data.file={tmp_path}/{name}.csv"])
+        found[name] = pd.read_parquet(tmp_path / "predictions.parquet")
+    group_of = {category: name for name, of in GROUPS.items() for category in of}
+    assert found["told"]["inner model"].tolist() == table["category"].map(group_of).tolist()
+    assert found["wrong"]["inner model"].tolist() == wrong["category"].map(group_of).tolist()
+    alike = found["told"]["inner model"] == found["routed"]["inner model"]
+    np.testing.assert_allclose(found["told"]["reward"][alike], found["routed"]["reward"][alike], atol=1e-5)
+    table.assign(category="cookery").to_csv(tmp_path / "typo.csv", index=False)
+    said = sentence(capsys, *command, f"--data.file={tmp_path}/typo.csv")
+    assert "category without an inner model 'cookery'" in said
+
+
+def test_labels_are_read_where_a_phase_learns_from_them_alone(
+    trained: Path, base: str, own: Path, tmp_path: Path
+) -> None:
+    """What a judge has taught is nothing that can be counted again."""
+    arguments = {"base": base, "groups": GROUPS, "capabilities": ["preference", "clarity"], "aggregate": "score"}
+    model = stir(RewardTask("dmoerm", {**arguments, "aggregate_dim": 0}).model).eval()
+    data = RewardDataModule(source="generated", base=base, max_length=48, least_prompt=8, limit=4)
+    data.setup("fit")
+    batch = data.val_set.collate([0, 1])
+    golden = [*(part for part in (batch.input_ids, batch.mask, batch.type_ids))]
+    golden += [part.repeat(2, 1) for part in (batch.prompt_ids, batch.prompt_mask)]
+    card = zoo.hub.info(trained / "checkpoint").card
+    hub.save(model, tmp_path / "judged", card=card, golden_input=golden)
+    command = ["-c", "configs/reward/own.yaml", f"--model.pretrained={tmp_path}/judged", f"--data.file={own}"]
+    main(["fit", *command, f"--data.base={base}", *SMALL, "--out", str(tmp_path / "run")])
+    main(["validate", f"{tmp_path}/run/checkpoint", f"--data.file={own}", "--data.source=file", "--out", str(tmp_path)])
+
+
+def test_a_model_without_capabilities_is_validated_by_what_it_has(base: str, tmp_path: Path, capsys: Any) -> None:
+    alone = network(base, groups={"all": []}, capabilities=None, general_rank=0, aggregate_decay=0.0)
+    new = ["fit", "-c", "configs/reward/single.yaml", *alone, *generated(base), "--out", str(tmp_path / "run")]
+    main(new)
+    assert hub.info(tmp_path / "run/checkpoint").card.title == "Single LoRA as a reward model"
+    assert "capabilities" not in hub.info(tmp_path / "run/checkpoint").card.data
+    capsys.readouterr()
+    main(["validate", f"{tmp_path}/run/checkpoint", "--data.limit=24", "--out", str(tmp_path)])
+    assert "val_task" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_refused(trained: Path, base: str, llama: str, tmp_path: Path, capsys: Any) -> None:
+    for name in ("ours", "oracle", "random", "longer"):
+        with pytest.raises(ValueError, match=f"rivals: {name} is what tables call something else"):
+            RewardTask("dmoerm", {"base": base, "groups": GROUPS}, rivals={name: str(trained)})
+    single = network(llama, groups={"all": []}, capabilities=None, general_rank=0, aggregate_decay=0.0)
+    fit = ["fit", "-c", "configs/reward/single.yaml", *single, *generated(llama), "--out", str(tmp_path / "llama")]
+    main(fit)
+    rivals = ["--model.rivals", json.dumps({"llama": f"{tmp_path}/llama/checkpoint"})]
+    said = sentence(capsys, "test", f"{trained}/checkpoint", *rivals, *SMALL[2:], "--out", str(tmp_path))
+    assert "The rival 'llama' is built on" in said and "Test it by itself" in said
+
+
+def test_a_reward_that_is_no_number_is_not_left_out(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    original = RewardTask.keep
+
+    def diverge(self: RewardTask, name: str, batch: Any, rewards: torch.Tensor) -> None:
+        original(self, name, batch, rewards.index_fill(0, torch.tensor([0]), float("nan")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewardTask, "keep", diverge)
+        assert "2 of 24 rewards are not a number" in sentence(capsys, "test", f"{trained}/checkpoint", *SMALL[2:], "--out", str(tmp_path))
 
 
 @pytest.mark.timeout(300)
@@ -385,16 +469,23 @@ def test_bad_words_are_refused(base: str, llama: str, tmp_path: Path, capsys: An
     with pytest.raises(UnknownNameError, match="aggregate"):
         RewardTask("dmoerm", {"base": base, "groups": GROUPS}, epochs={"aggregat": 1})
     command = ["fit", "-c", MAIN, *network(base), *generated(base), "--out", str(tmp_path)]
+    assert "epochs without router, capability, aggregate" in sentence(capsys, *command, *epochs(task=2))
     assert "has to be 2" in sentence(capsys, *command, *epochs(task=2), "--trainer.max_epochs=3")
     reload = "--trainer.reload_dataloaders_every_n_epochs=0"
     assert "set trainer.reload" in sentence(capsys, *command, *epochs(task=2), reload)
     assert "nothing is trained" in sentence(capsys, *command, "--model.epochs", "{}", "--trainer.max_epochs=1")
     few = network(base, groups={"a": ["synthetic_travel"], "b": ["synthetic_cooking"]})
-    said = sentence(capsys, "fit", "-c", MAIN, *few, *generated(base), *epochs(task=1), "--out", str(tmp_path))
+    said = sentence(capsys, "fit", "-c", MAIN, *few, *generated(base), *epochs(**NEW), "--out", str(tmp_path))
     assert "synthetic_speed" in said and "See network.groups" in said
     none = network(base, capabilities=None)
     said = sentence(capsys, "fit", "-c", MAIN, *none, *generated(base), *epochs(capability=1), "--out", str(tmp_path))
     assert "has nothing for 'capability'" in said
+    for name in ("task_rank", "capability_rank"):
+        with pytest.raises(ValueError, match="rank of a LoRA=0: must be at least 1"):
+            RewardTask("dmoerm", {"base": base, "groups": GROUPS, "capabilities": ["length"], name: 0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pl.Trainer, "world_size", 2)
+        assert "set --trainer.devices=1" in sentence(capsys, *command, *epochs(**NEW))
     said = sentence(
         capsys, "fit", "-c", MAIN, *network(base), *generated(llama), *epochs(task=1), "--out", str(tmp_path)
     )
