@@ -18,7 +18,19 @@ from zoo.moe import collect_aux_losses
 from zoo.report import print_table, write_metrics, write_predictions
 
 # Arguments of datamodules that say where a user's files are and what is in them.
-OWN_FILES = ("root", "file", "test_file", "columns", "labels")
+OWN_FILES = (
+    "root",
+    "file",
+    "test_file",
+    "columns",
+    "labels",
+    "membership",
+    "folder",
+    "ir",
+    "vi",
+    "context_file",
+    "cache",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,22 +193,47 @@ class MoETask(pl.LightningModule):
             if best and getattr(callback, "monitor", None):
                 self.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
 
-    def data_config(self, data: pl.LightningDataModule, kind: type[pl.LightningDataModule], out: str) -> dict[str, Any]:
+    def data_config(
+        self,
+        data: pl.LightningDataModule,
+        kind: type[pl.LightningDataModule],
+        out: str,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """What `moe-zoo test` runs on a checkpoint: the data that were learned from.
 
         Args:
             data: These; their hyperparameters have to be saved.
             kind: The class that users have, of which they may be a subclass.
             out: The run folder of tests.
+            arguments: Of the task, that a test needs.
         """
         known, given = inspect.signature(kind).parameters, data.hparams
         chosen = {name: given[name] for name in known if name not in OWN_FILES and given[name] is not None}
         return {
             "seed_everything": 0,
-            "model": {"class_path": f"{type(self).__module__}.{type(self).__name__}"},
+            "model": {
+                "class_path": f"{type(self).__module__}.{type(self).__name__}",
+                "init_args": dict(arguments or {}),
+            },
             "data": {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": chosen},
             "trainer": {"accelerator": "auto", "enable_model_summary": False, "default_root_dir": out},
         }
+
+    def require_one_process(self, why: str) -> None:
+        """Refuse a trainer of several processes.
+
+        Args:
+            why: A sentence that says what does not go together with them.
+
+        Raises:
+            ValueError: It has several.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"The trainer has {self.trainer.world_size} processes. {why} Set --trainer.devices=1 and "
+                "--trainer.num_nodes=1."
+            )
 
     def report_recorded(
         self, checkpoint: str | None, own: Mapping[str, float], measured: Collection[str] = ()

@@ -155,11 +155,7 @@ class RewardTask(MoETask):
                 f"The reward model is built on {self.model.base!r}, the data are cut by the tokenizer of "
                 f"{self.data.base!r}: set --data.base to the model's."
             )
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                f"The trainer has {self.trainer.world_size} processes; phases, in which most of the model is frozen, "
-                "are for one: set --trainer.devices=1 and --trainer.num_nodes=1."
-            )
+        self.require_one_process("Phases, in which most of the model is frozen, are for one.")
         if stage == "fit":
             self.check_plan()
         if stage == "predict":

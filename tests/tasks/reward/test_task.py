@@ -396,7 +396,9 @@ def test_a_reward_that_is_no_number_is_not_left_out(trained: Path, tmp_path: Pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RewardTask, "keep", diverge)
-        assert "2 of 24 rewards are not a number" in sentence(capsys, "test", f"{trained}/checkpoint", *SMALL[2:], "--out", str(tmp_path))
+        assert "2 of 24 rewards are not a number" in sentence(
+            capsys, "test", f"{trained}/checkpoint", *SMALL[2:], "--out", str(tmp_path)
+        )
 
 
 @pytest.mark.timeout(300)
@@ -485,7 +487,7 @@ def test_bad_words_are_refused(base: str, llama: str, tmp_path: Path, capsys: An
             RewardTask("dmoerm", {"base": base, "groups": GROUPS, "capabilities": ["length"], name: 0})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pl.Trainer, "world_size", 2)
-        assert "set --trainer.devices=1" in sentence(capsys, *command, *epochs(**NEW))
+        assert "are for one. Set --trainer.devices=1" in sentence(capsys, *command, *epochs(**NEW))
     said = sentence(
         capsys, "fit", "-c", MAIN, *network(base), *generated(llama), *epochs(task=1), "--out", str(tmp_path)
     )
