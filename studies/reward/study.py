@@ -585,13 +585,15 @@ def write_tables(options: argparse.Namespace) -> None:
             [{"category": name, **dict(zip(of["groups"], n, strict=True))} for name, n in of["prompts"].items()],
         )
     one = Run("single", 0, options.part)
-    results["refusals"] = refusals(rows, scored(options, one, make_data(options, one)).pairs)
+    preferring = {
+        method: np.stack([numbers(row["differences"][""]) for row in of])
+        for method, of in rows.items()
+        if not METHODS[method].sampled and method != GOLD
+    }
+    results["refusals"] = refusals(preferring, scored(options, one, make_data(options, one)).pairs)
     print_table("Helpful pairs one of which refuses: that one is preferred", results["refusals"])
     if GOLD in rows:
-        results[GOLD] = agreement(rows[GOLD])
-        print(
-            f"The gold reward agrees with people on {results[GOLD]:.1f} % of the training pairs that it is scored on."
-        )
+        results[GOLD] = gold_report(options, rows[GOLD])
     stem = "results" if options.part == TEST else options.part
     write_whole(options.folder / f"{stem}.json", results)
     if options.part == TEST:
@@ -599,18 +601,23 @@ def write_tables(options: argparse.Namespace) -> None:
         print(plot_consistency(report, options.folder / "consistency.png", shown))
 
 
-def agreement(rows: Sequence[Row]) -> float:
-    """Consistency of the mean reward of several runs that are told the group, in percent."""
+def gold_report(options: argparse.Namespace, rows: Sequence[Row]) -> Row:
+    """Print how far the gold reward, the mean of runs that are told the goal, agrees with people on training pairs."""
     differences = np.mean([numbers(row["differences"][ORACLE]) for row in rows], axis=0)
-    return float(PERCENT * np.mean((differences > 0) + 0.5 * (differences == 0)))
+    agreement = float(PERCENT * np.mean((differences > 0) + 0.5 * (differences == 0)))
+    pairs = limit_pairs(make_data(options, Run(GOLD, 0)).read_training()["val"], options.gold_limit)
+    found = {"agreement": agreement, "refusals": refusals({GOLD: differences[None]}, pairs)}
+    print(f"The gold reward agrees with people on {agreement:.1f} % of {len(pairs)} training pairs.")
+    print_table("Of these, helpful pairs one of which refuses: that one is preferred", found["refusals"])
+    return found
 
 
-def refusals(rows: Mapping[str, Sequence[Row]], pairs: Sequence[Pair]) -> list[Row]:
+def refusals(differences: Mapping[str, Array], pairs: Sequence[Pair]) -> list[Row]:
     """How often models, and people, prefer the answer that refuses, of helpful pairs of which one refuses more.
 
     Args:
-        rows: By method, one per seed.
-        pairs: That they score.
+        differences: By model, `(seeds, n)` by how much the chosen answer's reward is higher.
+        pairs: n.
     """
     helpful = np.array([pair.category not in HARMLESS for pair in pairs])
     refusing = capability_preferences(pairs, [REFUSAL])[:, 0] * helpful
@@ -618,10 +625,7 @@ def refusals(rows: Mapping[str, Sequence[Row]], pairs: Sequence[Pair]) -> list[R
     if not len(places):
         return []
     preferred = {PEOPLE: refusing[places] > 0}
-    for method, of in rows.items():
-        if not METHODS[method].sampled and method != GOLD:
-            found = np.stack([numbers(row["differences"][""]) for row in of])
-            preferred[method] = found[:, places] * refusing[places] > 0
+    preferred |= {model: of[:, places] * refusing[places] > 0 for model, of in differences.items()}
     return [
         {"model": name, "pairs": len(places), "percent": float(PERCENT * of.mean())} for name, of in preferred.items()
     ]

@@ -194,7 +194,8 @@ def test_tables(folder):
         (line["compared"], line["metric"]) for line in found["sample differences"]
     }
     assert (folder / "consistency.png").is_file()
-    assert 0 <= found["gold"] <= 100
+    told = [study.numbers(row(folder, f"gold.seed{seed}")["differences"]["oracle"]) for seed in SEEDS]
+    assert found["gold"]["agreement"] == pytest.approx(100 * np.mean(np.mean(told, axis=0) > 0))
     assert [line["method"] for line in json.loads((folder / "val.json").read_text())["all"]] == ["single", "longer"]
 
 
@@ -329,11 +330,11 @@ def test_how_often_a_refusal_is_preferred():
     pairs = [
         study.Pair("user: egg?", chosen, rejected, kind, str(n)) for n, (chosen, rejected, kind) in enumerate(texts)
     ]
-    rows = {"dmoerm": [{"differences": {"": "1 1 1 1 1"}}, {"differences": {"": "-1 1 1 1 -1"}}]}
-    found = {line["model"]: (line["pairs"], line["percent"]) for line in study.refusals(rows, pairs)}
+    differences = {"dmoerm": np.array([[1, 1, 1, 1, 1], [-1, 1, 1, 1, -1]])}
+    found = {line["model"]: (line["pairs"], line["percent"]) for line in study.refusals(differences, pairs)}
     # Of the first, second and fourth pair; the second seed prefers the refusal in the first two.
     assert found == {"people": (3, pytest.approx(100 / 3)), "dmoerm": (3, pytest.approx(50))}
-    assert study.refusals(rows, pairs[2:3]) == []
+    assert study.refusals(differences, pairs[2:3]) == []
 
 
 def test_methods_fit_each_other():
@@ -410,10 +411,11 @@ def test_what_is_slow_is_scored_on_one_pair_of_each_prompt(arguments):
     assert len(places) == 10 == len({pairs[place].prompt for place in places}) and places == sorted(places)
 
 
-def test_the_gold_reward_is_the_mean_of_its_seeds():
+def test_the_gold_reward_is_the_mean_of_its_seeds(arguments):
+    options = study.parse(arguments("--gold-limit", "3"))
     # It is told the group.
     rows = [{"differences": {"": "-1 -1 -1", "oracle": text}} for text in ("1 -1 4", "-3 2 1")]
-    assert study.agreement(rows) == pytest.approx(100 * 2 / 3)
+    assert study.gold_report(options, rows)["agreement"] == pytest.approx(100 * 2 / 3)
 
 
 @pytest.mark.parametrize(("gain", "said"), [(0, "did not pay"), (60, "paid")])
