@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from zoo.base_models import MINILM, AdaptedModel, Freezing
+from zoo.base_models import MINILM, AdaptedModel, Freezing, weaker
 from zoo.errors import UnknownNameError
 from zoo.moe import (
     FeedForward,
@@ -240,7 +240,8 @@ class QAReader(AdaptedModel):
         """Take over a trained reader without mixtures: what was copied from the base is copied from its encoder.
 
         With mixtures inside the encoder this one then computes what that one does (sparse upcycling, Komatsuzaki et al.
-        2022, arXiv 2212.05055), if nothing is drawn anew by `diversify`.
+        2022, arXiv 2212.05055), if nothing is drawn anew by `diversify`. What that one trained of the base is saved with
+        this one, whether or not it is trained further.
 
         Args:
             plain: Built with `moe_layers=[]` on the same base, without LoRA, as this one is.
@@ -265,6 +266,7 @@ class QAReader(AdaptedModel):
         for layer, mixture in zip(layers, self.mixtures().values(), strict=True):
             fresh = self.build_mixture(layout.feed_forward(plain.encoder, layer), mixture.own is not None)
             mixture.load_state_dict(fresh.state_dict())
+        self.borrowed = weaker(self.borrowed, plain.borrowed)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, type_ids: Tensor | None = None

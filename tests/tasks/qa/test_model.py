@@ -172,6 +172,26 @@ def test_a_head_starts_from_the_last_network_of_a_trained_reader(bases):
     assert close(model(ids, mask, types)[0][mask], start[mask])
 
 
+@pytest.mark.parametrize("theirs", ["nothing", "embeddings"])
+@pytest.mark.parametrize("ours", ["embeddings", "base"])
+def test_what_a_trained_reader_changed_of_the_base_is_saved_with_the_mixture(bases, ours, theirs, tmp_path):
+    plain = reader(bases["bert"], moe_layers=[], mixture=False, freeze=theirs)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * name.startswith("encoder") * 0.3)
+    zoo.save(plain, tmp_path / "plain", card=CARD)
+    model = reader(bases["bert"], freeze=ours)
+    model.start_from(zoo.load(tmp_path / "plain"))
+    zoo.save(model, tmp_path / "mixture", card=CARD)
+    loaded = zoo.load(tmp_path / "mixture")
+    for got, expected in zip(loaded(*batch()), model(*batch()), strict=True):
+        assert torch.equal(got, expected)
+    assert loaded.freeze == ours and loaded.borrowed == model.borrowed == theirs
+    kept = {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
+    assert kept == loaded.names_in(ours)
+
+
 def test_what_no_mixture_starts_from(bases):
     plain = {"moe_layers": [], "mixture": False}
     for ours, theirs in (({}, {}), ({"lora_rank": 2}, plain), ({}, plain | {"lora_rank": 2})):
