@@ -33,7 +33,7 @@ def expert_loads(routing: Mapping[str, RoutingOutput], owners: Sequence[int] | T
 
     Args:
         routing: By layer, of one batch; `sample_index` names the batch's row of each unit.
-        owners: The example of each row of the batch.
+        owners: The example of each row of the batch; on any device.
         count: Number of examples.
 
     Returns:
@@ -50,7 +50,7 @@ def expert_loads(routing: Mapping[str, RoutingOutput], owners: Sequence[int] | T
         if decided.mask is not None:
             real = decided.mask.cpu()
             weights, rows = weights[real], rows[real]
-        places = torch.as_tensor(owners, dtype=torch.long)[rows]
+        places = torch.as_tensor(owners, dtype=torch.long, device="cpu")[rows]
         loads[layer] = weights.new_zeros(count, weights.shape[1]).index_add_(0, places, weights).numpy()
     return loads
 

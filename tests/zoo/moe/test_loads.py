@@ -43,6 +43,16 @@ def test_loads_are_a_loop_over_units() -> None:
     np.testing.assert_array_equal(of_tensor["first"], found["first"])
 
 
+@pytest.mark.parametrize("owners", [[1, 0], torch.tensor([1, 0])])
+def test_owners_are_brought_to_where_the_sums_are(owners: list[int] | torch.Tensor) -> None:
+    routing = {"top": routed([2, 3], 3, 1)}
+    expected = expert_loads(routing, [1, 0], 2)["top"]
+    # Stands for a GPU: what does not say where it goes is put on another device than the sums.
+    with torch.device("meta"):
+        found = expert_loads(routing, owners, 2)["top"]
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_padding_is_left_out_whatever_its_weight() -> None:
     routing = routed([3, 1], 4, 2)
     before = expert_loads({"": routing}, [0, 1], 2)[""]
