@@ -236,10 +236,20 @@ class QATask(MoETask):
         print(f"Checkpoint: {folder}")
 
     def on_test_start(self) -> None:
-        """Begin new results."""
+        """Load the rivals and begin new results.
+
+        Raises:
+            ValueError: A rival has another base: it would read tokens that are not its own.
+        """
         self.rivals = {
             name: hub.load_as(path, QAReader).to(self.device).eval() for name, path in self.rival_names.items()
         }
+        for name, rival in self.rivals.items():
+            if rival.base_sha256 != self.model.base_sha256:
+                raise ValueError(
+                    f"The rival {name!r} is built on {rival.base!r}, ours on {self.model.base!r}, or on other weights "
+                    "of it: windows are cut once for all. Test it by itself."
+                )
         self.logits = {name: Logits.of(self.data.require("test_set")) for name in (OURS, *self.rivals)}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

@@ -112,6 +112,16 @@ def test_test_scores_by_domain_beside_rivals(trained: Path, base: str, tmp_path:
     assert {"scores.png", "experts.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
+def test_a_rival_on_another_base_is_refused(trained: Path, base: str, tmp_path: Path, capsys: Any) -> None:
+    other = QAReader(base=save_base(tmp_path / "other", 32, 128))
+    rival = zoo.save(other, tmp_path / "rival", card=hub.info(trained / "checkpoint").card)
+    command = ["test", "-c", "configs/qa/minilm-moe.yaml", "--model.network=null", *generated(base)]
+    command += [f"--model.pretrained={trained / 'checkpoint'}", "--out", str(tmp_path)]
+    for name in ("twin", "dense"):
+        said = sentence(capsys, *command, f"--model.{name}={rival}")
+        assert f"The rival '{name}' is built on '{tmp_path / 'other'}'" in said and "Test it by itself." in said
+
+
 def test_predict_answers_a_question_about_a_long_text(
     trained: Path, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
