@@ -170,8 +170,10 @@ class MultitaskTask(MoETask):
         """Bring network and data together: new tasks are added to the network, examples are cut as it reads them.
 
         Raises:
-            ValueError: The network knows a task of this name with other classes, or does not know a task to score.
+            ValueError: The network knows a task of this name with other classes, or does not know a task to score, or
+                the trainer has several processes.
         """
+        self.require_one_process("Scores need all examples of a task, which several would divide among them.")
         if stage == "fit":
             self.model.add_tasks(self.data.learned)
         self.data.encode(self.model.form)

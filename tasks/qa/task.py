@@ -153,11 +153,12 @@ class QATask(MoETask):
         self.model.train()
 
     def setup(self, stage: str) -> None:
-        """Compare the network with the data.
+        """Compare the network with the data and the trainer.
 
         Raises:
-            ValueError: They have different base models.
+            ValueError: They have different base models, or the trainer has several processes.
         """
+        self.require_one_process("Answers need all windows of a text, which several would divide among them.")
         if self.data.base != self.model.base:
             raise ValueError(
                 f"The reader is built on {self.model.base!r}, the data are cut by the tokenizer of {self.data.base!r}: "

@@ -83,6 +83,12 @@ def test_every_config_learns(config: Path, encoder: str, causal: str, trained: P
     hub.verify(tmp_path / "checkpoint")
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_no_config_takes_all_devices_that_there_are(config: Path) -> None:
+    trainer = yaml.safe_load(config.read_text())["trainer"]
+    assert trainer["accelerator"] == "cpu" or trainer["devices"] == 1
+
+
 def test_planted_tasks_are_learned_and_the_test_tells_what_its_rows_tell(trained: Path, tmp_path: Path) -> None:
     main(["test", str(trained / "checkpoint"), *QUIET, "--out", str(tmp_path)])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -322,6 +328,13 @@ def test_bad_words(trained: Path, own: Path, encoder: str, tmp_path: Path, capsy
     assert "give the data's another name" in sentence(capsys, *fit, "--data.holdout=0.5", *out)
     path.write_text("text,label\na,x\nb,x\n")
     assert "with one class there is nothing to learn" in sentence(capsys, *fit, *out)
+
+
+def test_several_processes_are_refused(encoder: str, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    said = sentence(capsys, "fit", "-c", SMORA, *network(base=encoder), *generated(), "--out", str(tmp_path))
+    assert "The trainer has 2 processes. Scores need all examples" in said and "Set --trainer.devices=1" in said
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_what_a_checkpoint_has_recorded_of_others(trained: Path, tmp_path: Path, capsys: Any) -> None:

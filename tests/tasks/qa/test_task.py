@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
+import yaml
 from command_line import sentence
 
 import zoo
@@ -72,6 +74,12 @@ def test_every_config_learns(config: Path, base: str, trained: Path, own: Path, 
         data = ["--data.file", str(own), f"--data.base={base}", *SMALL]
     main(["fit", "-c", str(config), *model, *data, "--out", str(tmp_path)])
     hub.verify(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_no_config_takes_all_devices_that_there_are(config: Path) -> None:
+    trainer = yaml.safe_load(config.read_text())["trainer"]
+    assert trainer["accelerator"] == "cpu" or trainer["devices"] == 1
 
 
 def test_fit_saves_the_best_epoch_without_the_base_but_trains_the_rest(trained: Path, base: str) -> None:
@@ -223,6 +231,14 @@ def test_bad_words_and_bases_that_differ(trained: Path, base: str, tmp_path: Pat
     word_pieces().save_pretrained(other)
     said = sentence(capsys, *command, *generated(str(other)), "--out", str(tmp_path))
     assert "set --data.base to the reader's" in said
+
+
+def test_several_processes_are_refused(base: str, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    command = ["fit", "-c", "configs/qa/minilm-moe.yaml", *network(base), *generated(base), "--out", str(tmp_path)]
+    said = sentence(capsys, *command)
+    assert "The trainer has 2 processes. Answers need all windows" in said and "Set --trainer.devices=1" in said
+    assert not (tmp_path / "checkpoint").exists()
 
 
 @pytest.mark.slow
