@@ -1,5 +1,6 @@
 """Lightning task of question answering: train a reader, score it domain by domain, answer a user's questions."""
 
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tasks.qa.plots import plot_scores, plot_shares
 from tasks.qa.windows import Batch
 from zoo import hub
 from zoo.base_models import random_tokens
+from zoo.errors import UnknownNameError
 from zoo.moe import expert_loads, expert_shares
 from zoo.report import print_table, write_metrics, write_predictions
 from zoo.task import MoETask, StepOutput, check_network
@@ -106,11 +108,15 @@ class QATask(MoETask):
             warmup: Share of all steps in which the rate rises.
 
         Raises:
-            UnknownNameError: There is no such argument of the network.
+            UnknownNameError: There is no such argument of the network or of freezing.
             ValueError: Both a new network and a checkpoint are asked for, freezing or mixing without a checkpoint, or
                 mixing is not in (0, 1]; a reader cannot be upcycled.
         """
         check_network(QAReader, network, pretrained)
+        known = list(inspect.signature(QAReader.refreeze).parameters)[1:]
+        for name in freezing or {}:
+            if name not in known:
+                raise UnknownNameError("argument of freezing", name, known)
         if freezing and not pretrained:
             raise ValueError(f"freezing={freezing}: is for a pretrained reader; a new one takes them in network.")
         if not 0 < mixing <= 1:

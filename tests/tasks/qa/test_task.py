@@ -210,6 +210,8 @@ def test_the_shipped_reader_answers(minilm: str, tmp_path: Path) -> None:
 def test_bad_words_and_bases_that_differ(trained: Path, base: str, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(UnknownNameError, match="num_expert"):
         QATask({"num_expert": 3})
+    with pytest.raises(UnknownNameError, match=r"argument of freezing 'freeze_expert'\. Did you mean 'freeze_experts'"):
+        QATask(pretrained=str(trained / "checkpoint"), freezing={"freeze_expert": True})
     with pytest.raises(ValueError, match="is for a pretrained reader"):
         QATask({"base": base}, freezing={"freeze_experts": True})
     with pytest.raises(ValueError, match=r"mixing=0\.5: averages a reader with the pretrained one"):
