@@ -240,8 +240,8 @@ class QAReader(AdaptedModel):
         """Take over a trained reader without mixtures: what was copied from the base is copied from its encoder.
 
         With mixtures inside the encoder this one then computes what that one does (sparse upcycling, Komatsuzaki et al.
-        2022, arXiv 2212.05055), if nothing is drawn anew by `diversify`. What that one trained of the base is saved with
-        this one, whether or not it is trained further.
+        2022, arXiv 2212.05055), if nothing is drawn anew by `diversify`. What that one trained of the base is saved
+        with this one, whether or not it is trained further.
 
         Args:
             plain: Built with `moe_layers=[]` on the same base, without LoRA, as this one is.

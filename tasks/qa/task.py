@@ -34,6 +34,8 @@ SHOWN_ANSWERS = 5
 SHOWN_QUESTIONS = 10
 # Characters of text around an answer that a person is shown.
 AROUND = 60
+# Arguments of the data that may name a user's own files, or do not go together with another stage.
+TRAINING_ALONE = ("augment", "replay")
 
 
 @dataclass(slots=True)
@@ -237,10 +239,18 @@ class QATask(MoETask):
         batch = next(iter(self.data.loader(WindowDataset(dataset.examples, dataset.windows[:2]))))
         tokens = random_tokens(batch.input_ids, self.model.encoder.config.vocab_size)
         golden = [tokens, batch.attention_mask, batch.type_ids]
-        config = (hub.assets() / "configs/qa/minilm-moe.yaml").read_text()
         card = reader_card(self.model, self.data, self.trainer.current_epoch, self.mixing)
-        hub.save(self.model.cpu().eval(), folder, card=card, golden_input=golden, config=config)
+        hub.save(self.model.cpu().eval(), folder, card=card, golden_input=golden, config=self.test_config())
         print(f"Checkpoint: {folder}")
+
+    def test_config(self) -> dict[str, Any]:
+        """What `moe-zoo test` runs on the checkpoint: the data learned from, and how answers are chosen."""
+        known = inspect.signature(QATask).parameters
+        decoding = {name: value for name, value in self.decoding.items() if value != known[name].default}
+        config = self.data_config(self.data, QADataModule, "runs/qa/test", decoding)
+        for name in TRAINING_ALONE:
+            config["data"]["init_args"].pop(name, None)
+        return config
 
     def on_test_start(self) -> None:
         """Load the rivals and begin new results.

@@ -120,6 +120,43 @@ def test_test_scores_by_domain_beside_rivals(trained: Path, base: str, tmp_path:
     assert {"scores.png", "experts.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
+def test_a_checkpoint_is_tested_and_asked_as_it_was_trained(base: str, tmp_path: Path) -> None:
+    data = [*generated(base), "--data.max_length=60", "--data.stage=joint", "--data.replay=5"]
+    data += ["--data.augment", json.dumps({"copies": 1, "synonym": 0, "insert": 0})]
+    decoding = {"allow_no_answer": True, "threshold": -100.0, "max_answer_tokens": 3}
+    words = [f"--model.{name}={json.dumps(value)}" for name, value in decoding.items()]
+    main(["fit", "-c", "configs/qa/minilm-moe.yaml", *network(base), *data, *words, "--out", str(tmp_path / "run")])
+    checkpoint = tmp_path / "run/checkpoint"
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    assert config["model"] == {"class_path": "tasks.qa.task.QATask", "init_args": decoding}
+    known = config["data"]["init_args"]
+    wanted = {"source": "generated", "base": base, "max_length": 60, "stride": 16, "stage": "joint", "limit": 12}
+    assert wanted.items() <= known.items() and not known.keys() & {"augment", "replay", "file", "root"}
+    main(["test", str(checkpoint), *QUIET, "--out", str(tmp_path / "test")])
+    rows = pd.read_parquet(tmp_path / "test/predictions.parquet")
+    assert (rows.groupby("domain").size() == 12).all()
+    assert (rows["answer"] == "").all(), "at this threshold no text has an answer"
+    asked = ["--data.question=Where was Ada Lovelace born?", f"--data.context={CONTEXT}"]
+    main(["predict", str(checkpoint), *asked, "--model.threshold=100", *QUIET, "--out", str(tmp_path / "predict")])
+    (row,) = pd.read_parquet(tmp_path / "predict/predictions.parquet").to_dict("records")
+    assert 0 < len(row["answer"].split()) <= 3
+
+
+def test_a_checkpoint_of_ones_own_questions_is_tested_on_a_file(
+    trained: Path, base: str, own: Path, tmp_path: Path, capsys: Any
+) -> None:
+    command = ["fit", "-c", "configs/qa/own.yaml", f"--model.pretrained={trained / 'checkpoint'}", *SMALL]
+    main([*command, f"--data.file={own}", f"--data.base={base}", "--out", str(tmp_path / "run")])
+    checkpoint = tmp_path / "run/checkpoint"
+    assert str(own) not in (checkpoint / "config.yaml").read_text()
+    test = ["test", str(checkpoint), *QUIET, "--out", str(tmp_path / "test")]
+    assert "Name their file with --data.test_file FILE." in sentence(capsys, *test)
+    main([*test, f"--data.test_file={own}"])
+    assert len(pd.read_parquet(tmp_path / "test/predictions.parquet")) == 24
+    main(["predict", str(checkpoint), f"--data.file={own}", *QUIET, "--out", str(tmp_path / "predict")])
+    assert len(pd.read_parquet(tmp_path / "predict/predictions.parquet")) == 24
+
+
 def test_a_rival_on_another_base_is_refused(trained: Path, base: str, tmp_path: Path, capsys: Any) -> None:
     other = QAReader(base=save_base(tmp_path / "other", 32, 128))
     rival = zoo.save(other, tmp_path / "rival", card=hub.info(trained / "checkpoint").card)
