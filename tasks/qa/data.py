@@ -127,6 +127,8 @@ class QADataModule(ZooDataModule):
     Attributes:
         tokenizer: Of the base model; set by `setup`.
         ood_domains: Which domains are out of domain.
+        seen: How many test questions are about a context that is learned from; set by `setup` for fitting, None where
+            there is no test part.
     """
 
     train_set: WindowDataset | None = None
@@ -134,6 +136,7 @@ class QADataModule(ZooDataModule):
     test_set: WindowDataset | None = None
     predict_set: WindowDataset | None = None
     tokenizer: Any = None
+    seen: int | None = None
 
     def __init__(
         self,
@@ -262,6 +265,7 @@ class QADataModule(ZooDataModule):
 
         Raises:
             ValueError: The data do not have what is asked for, see `read_training`.
+            DataNotFoundError: They are not there, or a `test_file` is not, also where it is only counted for the card.
         """
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.base)
@@ -271,9 +275,13 @@ class QADataModule(ZooDataModule):
             learned, held_out = self.read_training()
             self.val_set = self.cut(held_out)
             if stage != "validate":
+                # Before anything takes long.
+                scored = self.read_scored()
                 whole = self.cut([*learned, *self.augmented(learned)])
                 kept = thin_out(whole.examples, whole.windows, self.keep_empty, self.seed)
                 self.train_set = WindowDataset(whole.examples, kept)
+                contexts = {example.context for example in whole.examples}
+                self.seen = None if scored is None else sum(example.context in contexts for example in scored)
         if stage == "test" or (stage is None and self.has_test):
             self.test_set = self.cut(self.read("test"))
 
@@ -381,6 +389,21 @@ class QADataModule(ZooDataModule):
         kept = [example for example in examples if example.domain in used]
         return kept if self.limit is None else limit_domains(kept, self.limit)
 
+    def read_scored(self) -> list[Example] | None:
+        """The test part; None where the source has none, or has it elsewhere: training can do without.
+
+        Raises:
+            DataNotFoundError: The user's own is not there.
+        """
+        if not self.has_test:
+            return None
+        try:
+            return self.read("test")
+        except DataNotFoundError:
+            if self.source == "file":
+                raise
+            return None
+
     def read_source(self, part: Part) -> list[Example]:
         """All questions of the source."""
         if self.source == "file":
@@ -420,7 +443,7 @@ class QADataModule(ZooDataModule):
         synthetic = " (synthetic)" if self.source == "generated" else ""
         replayed = f" (at most {self.replay} of each in-domain one)" if self.replay else ""
         copies = f" and {len(learned) - len(given)} augmented ones" if len(learned) > len(given) else ""
-        seen = f"; {self.count_seen()} test questions are about a context learned from" if self.has_test else ""
+        seen = "" if self.seen is None else f"; {self.seen} test questions are about a context learned from"
         return (
             f"{len(given)} questions of {name_domains(given)}{replayed}{synthetic}{copies}, in {counts.windows} "
             f"windows of up to {self.max_length} tokens, {counts.empty} of them without the answer (of the questions "
@@ -428,11 +451,6 @@ class QADataModule(ZooDataModule):
             f"widened to whole tokens, {count_repeated(learned)} one that the context repeats); settings chosen on "
             f"{len(held_out)} questions of {name_domains(held_out)}{seen}"
         )
-
-    def count_seen(self) -> int:
-        """How many test questions are about a context that is learned from."""
-        seen = {example.context for example in self.train_set.examples}
-        return sum(example.context in seen for example in self.read("test"))
 
 
 def name_domains(examples: Iterable[Example]) -> str:

@@ -1,6 +1,7 @@
 """The datamodule: which questions are learned from, validated on, scored and answered, and in which order."""
 
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -377,7 +378,8 @@ def test_official_splits(
     monkeypatch.setattr(data_module, "load_official", load)
     module = set_up("fit", source=source, base=base)
     module.setup("test")
-    assert asked == [*splits["train"], *splits["test"]]
+    # Fitting counts what the test repeats of it.
+    assert asked == [*splits["train"], *splits["test"], *splits["test"]]
     assert set(domains(module.train_set)) == {"SQuAD"}
     assert {e.domain for e in module.test_set.examples if module.is_ood(e)} == set(ood)
 
@@ -464,6 +466,26 @@ def test_parts_that_are_missing(root: str, base: str, tmp_path: Path) -> None:
     assert set_up("test", base=base, **tested).test_set, "a training config scores other files too"
     with pytest.raises(DataNotFoundError, match="the base model"):
         set_up("predict", base=str(tmp_path / "none"), question="a", context="b")
+
+
+def test_a_wrong_test_file_is_said_before_training(base: str, tmp_path: Path) -> None:
+    rows(generate_examples(40)).to_parquet(tmp_path / "q.parquet")
+    own = {"source": "file", "file": str(tmp_path / "q.parquet"), "base": base}
+    with pytest.raises(DataNotFoundError, match=r"the questions\. Looked in: .*typo\.parquet"):
+        set_up(**own, test_file=str(tmp_path / "typo.parquet"))
+    (tmp_path / "t.csv").write_text("question,context\nWhat?,That.\n")
+    with pytest.raises(ValueError, match=r"t\.csv has no column answer"):
+        set_up(**own, test_file=str(tmp_path / "t.csv"))
+
+
+def test_training_can_do_without_a_test_part_that_is_not_the_user_s(root: str, base: str, tmp_path: Path) -> None:
+    (tmp_path / "qa").mkdir()
+    for name in ("train.parquet", "ood_train.parquet"):
+        shutil.copy(Path(root) / "qa" / name, tmp_path / "qa")
+    module = set_up(root=str(tmp_path), base=base)
+    assert module.seen is None and "test questions" not in module.describe()
+    with pytest.raises(DataNotFoundError, match=r"qa/test\.parquet"):
+        module.setup("test")
 
 
 def test_a_context_on_both_sides_is_refused(base: str, tmp_path: Path) -> None:
