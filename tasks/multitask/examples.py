@@ -34,6 +34,8 @@ COLUMNS = ("id", "task", "text", "text2", "choices", "label", "prompt", "target"
 Content = tuple[str, str, str, tuple[str, ...]]
 # How many ids or names an error lists.
 LISTED = 10
+# Cells of JSONL and parquet files that are no text.
+NESTED = (list, tuple, dict, np.ndarray)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,8 @@ def from_table(table: pd.DataFrame, where: str, labelled: bool = True) -> list[E
         labelled: Whether it has to have a column of answers.
 
     Raises:
-        ValueError: It has no rows, lacks a column, or a cell of `choices` is no list.
+        ValueError: It has no rows, lacks a column, a cell of `choices` is no list of texts, or one of another column
+            no text.
     """
     if table.empty:
         raise ValueError(f"{where} holds no example.")
@@ -178,14 +181,16 @@ def from_table(table: pd.DataFrame, where: str, labelled: bool = True) -> list[E
         )
     rows = []
     for number, row in enumerate(table.to_dict("records")):
-        choices = _list(row.get("choices"), f"{where}, row {number + 1}")
+        place = f"{where}: row {number + 1} of the column"
+        words = {name: _word(row.get(name), f"{place} {name!r}") for name in ("id", "task", text, "text2", label)}
+        choices = _list(row.get("choices"), f"{place} 'choices'")
         rows.append(
             Example(
-                id=_word(row.get("id")) or str(number),
-                task=_word(row.get("task")) or OWN_TASK,
-                text=_word(row[text]) or "",
-                text2=_word(row.get("text2")) or "",
-                label=_word(row.get(label)),
+                id=words["id"] or str(number),
+                task=words["task"] or OWN_TASK,
+                text=words[text] or "",
+                text2=words["text2"] or "",
+                label=words[label],
                 kind="choices" if choices else "text" if free else "classes",
                 choices=choices,
                 in_training=bool(row.get("dup_of_train", False)),
@@ -198,10 +203,20 @@ def _named(table: pd.DataFrame) -> str:
     return ", ".join(map(str, table.columns)) or "none"
 
 
-def _word(cell: Any) -> str | None:
-    """A cell in words; None where it is empty."""
-    if cell is None or cell is pd.NA or (isinstance(cell, float) and np.isnan(cell)):
+def _is_missing(cell: Any) -> bool:
+    return cell is None or cell is pd.NA or (isinstance(cell, float) and np.isnan(cell))
+
+
+def _word(cell: Any, where: str) -> str | None:
+    """A cell in words; None where it is empty.
+
+    Raises:
+        ValueError: It holds more than a text or a number.
+    """
+    if _is_missing(cell):
         return None
+    if isinstance(cell, NESTED):
+        raise ValueError(f"{where} holds a {type(cell).__name__}, {_beginning(cell)}; each cell has to be a text.")
     if isinstance(cell, float) and cell.is_integer():
         # A column of whole numbers in which any is missing is read as floats.
         return str(int(cell))
@@ -209,17 +224,32 @@ def _word(cell: Any) -> str | None:
 
 
 def _list(cell: Any, where: str) -> tuple[str, ...]:
-    """A cell's choices."""
-    if isinstance(cell, str) and cell:
+    """A cell's choices; none where it is empty.
+
+    Raises:
+        ValueError: It is no list of texts.
+    """
+    if _is_missing(cell) or (isinstance(cell, str) and not cell):
+        return ()
+    found = cell
+    if isinstance(cell, str):
         try:
-            cell = json.loads(cell)
+            found = json.loads(cell)
         except json.JSONDecodeError:
-            cell = None
-        if not isinstance(cell, list):
-            raise ValueError(f'{where}: choices must be a list, in a CSV file as JSON: ["first", "second"].')
-    if isinstance(cell, list | tuple | np.ndarray):
-        return tuple(str(choice) for choice in cell)
-    return ()
+            found = None
+    if not isinstance(found, list | tuple | np.ndarray) or any(
+        _is_missing(one) or isinstance(one, NESTED) for one in found
+    ):
+        raise ValueError(
+            f"{where} holds a {type(cell).__name__}, {_beginning(cell)}; choices must be a list of texts, in a CSV "
+            'file as JSON: ["first", "second"].'
+        )
+    return tuple(str(choice) for choice in found)
+
+
+def _beginning(cell: Any) -> str:
+    """Of a cell, in one line for an error."""
+    return repr(" ".join(str(cell).split())[:80])
 
 
 # --- official sources ------------------------------------------------------------------------------------------------

@@ -75,7 +75,8 @@ def read_examples(path: str | Path, answered: bool = True) -> list[Example]:
     Raises:
         DataNotFoundError: There is no such file.
         UnknownNameError: The suffix is none of these.
-        ValueError: The file is not laid out or not encoded like this, or `check_examples` refuses its content.
+        ValueError: The file is not laid out or not encoded like this, a cell holds something else, or `check_examples`
+            refuses its content.
     """
     file = Path(path)
     if not file.is_file():
@@ -112,17 +113,60 @@ def _read_parquet(path: Path, answered: bool) -> list[Example]:
     table = pd.read_parquet(path)
     needed = ("domain", "id", "title", "context", "question")
     _need_columns(path, table, (*needed, "answers", "answer_starts") if answered else needed)
-    texts = (table[name].fillna("").astype(str) for name in needed)
-    lists = (table.get(name, pd.Series([None] * len(table))) for name in ("answers", "answer_starts"))
+    texts = (_texts(path, table, name) for name in needed)
+    answers = _lists(path, table, "answers", _is_text, "texts")
+    starts = _lists(path, table, "answer_starts", _is_offset, "whole numbers")
     return [
-        Example(id_, domain, title, question, context, _entries(answers), tuple(map(int, _entries(starts))))
-        for domain, id_, title, context, question, answers, starts in zip(*texts, *lists, strict=True)
+        Example(id_, domain, title, question, context, answer, tuple(map(int, places)))
+        for domain, id_, title, context, question, answer, places in zip(*texts, answers, starts, strict=True)
     ]
 
 
-def _entries(column: Iterable[Any] | None) -> tuple[Any, ...]:
-    """A cell's list; a missing one is empty."""
-    return () if column is None else tuple(column)
+def _texts(path: Path, table: pd.DataFrame, name: str) -> list[str]:
+    """A column of texts; a missing one is empty.
+
+    Raises:
+        ValueError: A cell holds more than a text or a number.
+    """
+    for row, cell in enumerate(table[name], start=1):
+        if isinstance(cell, (list, dict, np.ndarray)):
+            raise ValueError(f"{_found(path, name, row, cell)}; each cell has to be a text.")
+    return table[name].astype(object).fillna("").astype(str).tolist()
+
+
+def _lists(path: Path, table: pd.DataFrame, name: str, fits: Callable[[Any], bool], what: str) -> list[tuple[Any, ...]]:
+    """A column of lists; a missing one is empty, and so are those of a missing column.
+
+    Args:
+        path: For errors.
+        table: The file's.
+        name: Of the column.
+        fits: Says whether an entry is as it has to be.
+        what: Entries, for errors.
+
+    Raises:
+        ValueError: A cell holds something else.
+    """
+    found: list[tuple[Any, ...]] = []
+    for row, cell in enumerate(table.get(name, [None] * len(table)), start=1):
+        many = isinstance(cell, (list, np.ndarray))
+        if not (all(map(fits, cell)) if many else pd.isna(cell)):
+            raise ValueError(f"{_found(path, name, row, cell)}; each cell has to be a list of {what}.")
+        found.append(tuple(cell) if many else ())
+    return found
+
+
+def _found(path: Path, name: str, row: int, cell: Any) -> str:
+    """What an error says of a cell."""
+    return f"{path}: row {row} of the column {name!r} holds a {type(cell).__name__}, {str(cell)[:80]!r}"
+
+
+def _is_text(entry: Any) -> bool:
+    return isinstance(entry, str)
+
+
+def _is_offset(entry: Any) -> bool:
+    return isinstance(entry, (int, float, np.number)) and entry % 1 == 0
 
 
 def _read_csv(path: Path, answered: bool) -> list[Example]:
@@ -156,11 +200,16 @@ def _read_json(path: Path, answered: bool) -> list[Example]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from None
     return [
-        _squad_example(question, article.get("title") or "", _entry(paragraph, "context", str, path), path, answered)
+        _squad_example(question, _title(article, path), _entry(paragraph, "context", str, path), path, answered)
         for article in _entry(content, "data", list, path)
         for paragraph in _entry(article, "paragraphs", list, path)
         for question in _entry(paragraph, "qas", list, path)
     ]
+
+
+def _title(article: Any, path: Path) -> str:
+    """Of an article, empty where it has none."""
+    return _entry(article, "title", (str, type(None)), path) or "" if "title" in article else ""
 
 
 def _squad_example(question: Mapping[str, Any], title: str, context: str, path: Path, answered: bool) -> Example:

@@ -105,6 +105,41 @@ def test_bad_rows(tmp_path, rows, words):
         read_examples(write(tmp_path, ".jsonl", rows))
 
 
+ARC_CHOICES = {"text": ["cat", "saw"], "label": ["A", "B"]}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        (
+            {"choices": ARC_CHOICES},
+            r"'choices' holds a dict, \"{'text': .*must be a list of texts, in a CSV file as JSON",
+        ),
+        ({"choices": [["cat"], ["saw"]]}, "'choices' holds a .*must be a list of texts"),
+        ({"choices": ["cat", None]}, "'choices' holds a .*must be a list of texts"),
+        ({"choices": 2}, "'choices' holds a (int|float), '2(.0)?'; choices must be a list"),
+        ({"text": ["a", "b"]}, "'text' holds a (list|ndarray), .*each cell has to be a text"),
+        ({"text2": {"a": 1}}, "'text2' holds a dict, .*each cell has to be a text"),
+        ({"label": ["x"]}, "'label' holds a (list|ndarray)"),
+        ({"id": ["x"]}, "'id' holds a"),
+        ({"task": ["x"]}, "'task' holds a"),
+    ],
+)
+def test_cells_that_are_no_texts_are_refused(tmp_path, suffix, cell, words):
+    good, bad = {"text": "a", "label": "cat"}, {"text": "b", "label": "cat"} | cell
+    rows = [good, bad] if not good.keys() & cell.keys() else [bad, bad]
+    path = write(tmp_path, suffix, rows)
+    number = 1 + rows.index(bad)
+    with pytest.raises(ValueError, match=rf"own\{suffix}: row {number} of the column {words}"):
+        read_examples(path)
+
+
+def test_numbers_among_choices_are_texts(tmp_path):
+    (read,) = read_examples(write(tmp_path, ".jsonl", [{"text": "a", "label": 2, "choices": [1, 2]}]))
+    assert (read.choices, read.label) == (("1", "2"), "2")
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(DataNotFoundError, match=r"\.csv, \.jsonl, \.parquet"):
         read_examples(tmp_path / "none.csv")
@@ -117,7 +152,11 @@ def test_bad_files(tmp_path):
         ("latin.csv", "text,label\ncafé,x\n".encode("latin-1"), "is not UTF-8.*iconv"),
         ("half.jsonl", b'{"text": "a", "label": "b"}\n{"text": ', "line 2 is not JSON"),
         ("list.jsonl", b"[1]\n", "line 1 is no JSON object"),
-        ("choices.csv", b"text,label,choices\na,b,b or c\n", "row 1: choices must be a list"),
+        (
+            "choices.csv",
+            b"text,label,choices\na,b,b or c\n",
+            "row 1 of the column 'choices' holds a str, 'b or c'; choices must be a list",
+        ),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=words):

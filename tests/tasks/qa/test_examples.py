@@ -81,6 +81,38 @@ def test_a_missing_value_counts_as_empty(tmp_path: Path) -> None:
         read_examples(tmp_path / "q.parquet")
 
 
+@pytest.mark.parametrize(
+    ("column", "cell", "words"),
+    [
+        ("question", ["Where?", "When?"], r"holds a ndarray, .*Where.*; each cell has to be a text\."),
+        ("context", {"text": "a"}, "holds a dict, .*; each cell has to be a text"),
+        ("id", [1, 2], "holds a ndarray"),
+        ("answers", "France", "holds a str, 'France'; each cell has to be a list of texts"),
+        ("answers", [1815], "holds a ndarray, '.1815.'; each cell has to be a list of texts"),
+        ("answers", {"text": ["France"]}, "holds a dict, .*; each cell has to be a list of texts"),
+        ("answer_starts", 5, "holds a (int|float), '5(.0)?'; each cell has to be a list of whole numbers"),
+        ("answer_starts", [5.5], "holds a ndarray, '.5.5.'; each cell has to be a list of whole numbers"),
+        ("answer_starts", ["5"], "holds a ndarray, .*; each cell has to be a list of whole numbers"),
+    ],
+)
+def test_cells_of_another_kind_are_refused(tmp_path: Path, column: str, cell: Any, words: str) -> None:
+    rows = table([example("a"), example("b")])
+    # A column of a parquet file is of one kind.
+    rows[column] = [None, cell]
+    rows.to_parquet(tmp_path / "q.parquet")
+    with pytest.raises(ValueError, match=rf"q\.parquet: row 2 of the column '{column}' {words}"):
+        read_examples(tmp_path / "q.parquet")
+
+
+def test_numbers_of_questions_and_whole_offsets_are_read(tmp_path: Path) -> None:
+    rows = table([example("a"), example("b")])
+    rows["id"] = [7, 8]
+    rows["answer_starts"] = [[float(CONTEXT.find("France"))]] * 2
+    rows.to_parquet(tmp_path / "q.parquet")
+    first, second = read_examples(tmp_path / "q.parquet")
+    assert (first.id, second.id) == ("7", "8") and first.starts == (CONTEXT.find("France"),)
+
+
 def test_a_missing_column_is_named_beside_what_is_there_and_needed(tmp_path: Path) -> None:
     rows = table([example()]).drop(columns=["answers", "title"])
     rows.to_parquet(tmp_path / "q.parquet")
@@ -147,6 +179,7 @@ def test_squad_of_both_versions(tmp_path: Path) -> None:
     [
         ([1], "no proper 'data' in"),
         ({"data": [{"title": "x"}]}, "no proper 'paragraphs' in .*title"),
+        ({"data": [{"title": ["x"], "paragraphs": [{"context": "x", "qas": [ASKED]}]}]}, "no proper 'title' in"),
         (squad({"id": "q1", "answers": [FOUND]}), "no proper 'question' in"),
         (squad(ASKED), "no proper 'answers' in .*Where is"),
         (squad(ASKED | {"answers": [{"text": "France"}]}), "no proper 'answer_start' in"),
