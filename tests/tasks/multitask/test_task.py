@@ -177,6 +177,16 @@ def test_a_user_s_own_task_gets_a_head_beside_the_known_ones(trained: Path, own:
     assert json.loads((tmp_path / "metrics.json").read_text())["own/accuracy"] > 80
 
 
+def test_all_of_a_user_s_own_examples_are_learned_from(trained: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"the film {n} was {word}", "label": word} for n in range(2100) for word in ("good", "bad")]
+    path = tmp_path / "own.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    command = ["fit", "-c", "configs/multitask/own.yaml", f"--model.pretrained={trained / 'checkpoint'}"]
+    command += [f"--data.file={path}", "--data.epoch_size=32", "--data.score_cap=8", "--trainer.max_epochs=1"]
+    main([*command, *QUIET, "--out", str(tmp_path)])
+    assert hub.info(tmp_path / "checkpoint").card.data.startswith("3780 examples of file")
+
+
 def test_a_causal_network_answers_in_words(causal: str, tmp_path: Path) -> None:
     adapter = network(base=causal, causal=True, freeze="nothing", method="lora", adapter={"r": 4})
     data = [*generated(60 * 32, "mood", "colour"), "--data.cap=null", "--data.score_cap=40", "--data.batch_size=32"]
