@@ -200,6 +200,9 @@ def score(counts: Array, metric: str, positive: int = 1) -> Array:
     if metric == "accuracy":
         return PERCENT * right / total
     if metric == "f1":
+        if positive >= counts.shape[-1]:
+            # Neither right nor predicted anywhere.
+            return np.zeros_like(total)
         return PERCENT * ratio(2 * counts[..., positive, positive], true[..., positive] + predicted[..., positive])
     above = right * total - (true * predicted).sum(axis=-1)
     spread = (total**2 - (true**2).sum(axis=-1)) * (total**2 - (predicted**2).sum(axis=-1))

@@ -40,6 +40,17 @@ def test_metrics_are_those_of_scikit_learn(classes):
         assert found == pytest.approx(100 * accuracy_score(targets, predicted))
 
 
+def test_f1_of_a_class_that_is_neither_right_nor_predicted_is_0():
+    targets, predicted = np.array([0, 1, 0]), np.array([0, 0, 0])
+    assert score(confusion(targets, predicted, "f1"), "f1", 2) == 0
+    draws = np.ones((5, 3), dtype=np.float32)
+    np.testing.assert_array_equal(score(confusion(targets, predicted, "f1", draws), "f1", 2), np.zeros(5))
+    task = ScoredTask("own", "f1", targets, positive=2)
+    report = Report.of([task], {"ours": [{"own": predicted}]})
+    found = report.interval("ours", "own/f1")
+    assert (found.mean, found.low, found.high) == (0, 0, 0)
+
+
 def test_constant_answers():
     targets = np.array([0, 1, 1, 1])
     assert majority(targets).tolist() == [1, 1, 1, 1]
