@@ -41,6 +41,8 @@ your yours yourself yourselves
 """
 # These have no synonyms.
 STOP_WORDS = frozenset(FUNCTION_WORDS.split())
+# What words begin with in the vocabularies of byte-level tokenizers, as RoBERTa has one, and of SentencePiece.
+BYTES, SENTENCEPIECE = WORD_MARKS = ("\u0120", "\u2581")
 # Neighbours of a word in the embedding table that may stand in its place: this many, this close.
 NEIGHBOURS = 5
 MIN_COSINE = 0.5
@@ -396,11 +398,12 @@ def nearest_words(vocabulary: Mapping[str, int], table: "Tensor") -> Synonyms:
     Forms of the word itself (one begins with the other) are left out.
 
     Args:
-        vocabulary: Rows of the table by wordpiece; only whole words of letters are used.
+        vocabulary: Rows of the table by piece; only those of `whole_words` are used.
         table: `(V, D)` embeddings.
     """
-    words = [word for word in vocabulary if word.isalpha() and len(word) > 2 and word not in STOP_WORDS]
-    vectors = table[[vocabulary[word] for word in words]].float()
+    rows = whole_words(vocabulary)
+    words = [word for word in rows if len(word) > 2 and word not in STOP_WORDS]
+    vectors = table[[rows[word] for word in words]].float()
     vectors = vectors / vectors.norm(dim=1, keepdim=True)
     places = {word: place for place, word in enumerate(words)}
 
@@ -415,6 +418,22 @@ def nearest_words(vocabulary: Mapping[str, int], table: "Tensor") -> Synonyms:
         return tuple([other for other in others if not (other.startswith(word) or word.startswith(other))][:NEIGHBOURS])
 
     return look_up
+
+
+def whole_words(vocabulary: Mapping[str, int]) -> dict[str, int]:
+    """Numbers of the pieces that are words of lower-case letters, by the word; continuations of words are none.
+
+    Args:
+        vocabulary: Numbers by piece: of WordPiece, whose continuations begin with `##`, or with marks of beginnings.
+    """
+    begins = {mark: [piece for piece in vocabulary if piece.startswith(mark)] for mark in WORD_MARKS}
+    # Of a vocabulary without them a few pieces may begin with these characters.
+    mark = next((mark for mark, pieces in begins.items() if len(pieces) > len(vocabulary) / 10), "")
+    words = {piece.removeprefix(mark): row for piece, row in vocabulary.items() if piece.startswith(mark)}
+    if mark == BYTES:
+        # Other letters stand there as bytes.
+        words = {word: row for word, row in words.items() if word.isascii()}
+    return {word: row for word, row in words.items() if word.isalpha() and word == word.lower()}
 
 
 # --- the command that shows them -------------------------------------------------------------------------------------

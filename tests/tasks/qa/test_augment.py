@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel
 
 from tasks.qa.augment import (
@@ -30,6 +31,7 @@ from tasks.qa.augment import (
     read_synonyms,
     replace_words,
     swap_words,
+    whole_words,
     wordnet_synonyms,
 )
 from tasks.qa.examples import Example, check_examples, generate_examples
@@ -294,6 +296,28 @@ def test_nearest_words_are_those_with_the_largest_cosines() -> None:
     look_up = nearest_words(vocabulary, table)
     assert look_up("king") == ("prince", "queen"), "no form of the word, no stop word, no piece, nothing far away"
     assert look_up("town") == () and look_up("unknown") == ()
+
+
+@pytest.mark.parametrize("mark", ["\u0120", "\u2581"])
+def test_where_beginnings_of_words_are_marked_synonyms_are_words_without_the_mark(mark: str) -> None:
+    marked = [f"{mark}{word}" for word in ("king", "queen", "King", "queens", "the", "42", "prince")]
+    pieces = ["<s>", *marked, "ing", "king", "prin"]
+    vocabulary = {piece: row for row, piece in enumerate(pieces)}
+    look_up = nearest_words(vocabulary, torch.ones(len(vocabulary), 4))
+    assert sorted(look_up("king")) == ["prince", "queen", "queens"]
+    assert look_up("prin") == () and look_up(f"{mark}king") == ()
+
+
+def test_synonyms_of_a_byte_level_tokenizer_are_words() -> None:
+    texts = ["the king met the queen", "a caf\u00e9 for the king and the queen"] * 5
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "<pad>"]))
+    vocabulary = tokenizer.get_vocab()
+    words = whole_words(vocabulary)
+    assert any("caf\u00c3\u00a9" in piece for piece in vocabulary), "bytes of a letter look like letters"
+    assert {"king", "queen", "the"} <= words.keys() and all(word.isascii() and word.isalpha() for word in words)
+    assert all(tokenizer.encode(f" {word}").ids == [row] for word, row in words.items())
 
 
 def test_the_embedding_table_is_that_of_the_base(tmp_path: Path) -> None:
