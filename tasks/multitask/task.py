@@ -289,7 +289,8 @@ class MultitaskTask(MoETask):
         self.load_best()
         golden = self.data.collate(self.dataset("val_set"), range(min(GOLDEN, len(self.dataset("val_set")))))
         tokens = random_tokens(golden.input_ids, self.model.transformer.config.vocab_size)
-        card = adapter_card(self.model, self.data, int(self.trainer.global_step))
+        per_step = self.data.batch_size * self.trainer.accumulate_grad_batches
+        card = adapter_card(self.model, self.data, f"{self.trainer.global_step} steps of {per_step} examples")
         self.model.cpu().eval()
         config = self.data_config(self.data, MultitaskDataModule, "runs/multitask/test")
         hub.save(self.model, folder, card=card, golden_input=[tokens, *golden.inputs[1:]], config=config)
@@ -435,17 +436,26 @@ def shares_in_words(load: NDArray[np.float32]) -> str:
     return ", ".join(f"{expert} ({shares[expert]:.0%})" for expert in order)
 
 
-def adapter_card(model: MultitaskModel, data: MultitaskDataModule, steps: int) -> hub.Card:
+def contents(model: MultitaskModel) -> str:
+    """What a checkpoint of a network holds, in words."""
+    parts = ["adapters"] * (model.method != "none") + ["heads"] * (len(model.heads) > 0)
+    if model.borrowed == "base":
+        return f"{' and '.join(parts)} alone".capitalize()
+    of_the_base = {"embeddings": "the base's trained layers", "nothing": "the base's trained weights"}[model.borrowed]
+    return " and ".join(filter(None, [", ".join(parts), of_the_base])).capitalize()
+
+
+def adapter_card(model: MultitaskModel, data: MultitaskDataModule, steps: str) -> hub.Card:
     """What a trained network says about itself."""
     names = {"none": "Heads", "lora": "LoRA", "smora": "SMoRA", "mola": "MoLA"}
     return hub.Card(
         title=f"{names[model.method]} for {len(model.tasks)} tasks on {model.base}",
         task="classification and multiple choice of several tasks by one network",
         description=(
-            f"Adapters and heads alone; it needs the base {model.base}. Tasks: {', '.join(model.tasks)}. See the "
+            f"{contents(model)}; it needs the base {model.base}. Tasks: {', '.join(model.tasks)}. See the "
             "majority class beside each score."
         ),
-        data=f"{data.describe()}; {steps} steps of {data.batch_size} examples.",
+        data=f"{data.describe()}; {steps}.",
         data_terms="its trainer's to say",
         weights_licence="its trainer's to say",
         preprocessing={"base": model.base, "max_length": data.max_length},

@@ -19,7 +19,7 @@ import zoo
 from tasks.multitask.data import MultitaskDataModule
 from tasks.multitask.encode import UNKNOWN
 from tasks.multitask.model import MultitaskModel
-from tasks.multitask.task import Answers, MultitaskTask, plain, shares_in_words, shortened
+from tasks.multitask.task import Answers, MultitaskTask, contents, plain, shares_in_words, shortened
 from tests.helpers.bases import save_bert, word_pieces
 from zoo import hub
 from zoo.base_models import random_tokens
@@ -122,7 +122,29 @@ def test_fit_keeps_the_best_epoch_and_what_it_needs_to_be_tested(trained: Path, 
     config = yaml.safe_load((trained / "checkpoint/config.yaml").read_text())
     assert config["data"]["init_args"]["source"] == "generated" and "network" not in str(config)
     card = hub.info(trained / "checkpoint").card
-    assert "(synthetic)" in card.data and "80 steps" in card.data
+    assert "(synthetic)" in card.data and card.data.endswith("; 80 steps of 64 examples.")
+    assert card.description.startswith(f"Adapters and heads alone; it needs the base {encoder}. Tasks: topic, mood")
+
+
+def test_a_card_tells_what_was_trained_and_in_which_steps(encoder: str, tmp_path: Path) -> None:
+    heads = network(base=encoder, method="none", freeze="embeddings")
+    accumulated = ["--data.batch_size=4", "--trainer.accumulate_grad_batches=3"]
+    main(["fit", "-c", SMORA, *heads, *generated(24), *accumulated, "--out", str(tmp_path)])
+    card = hub.info(tmp_path / "checkpoint").card
+    assert card.data.endswith("; 2 steps of 12 examples.")
+    assert card.description.startswith("Heads and the base's trained layers; it needs the base")
+
+
+def test_what_a_checkpoint_holds_in_words(encoder: str, causal: str) -> None:
+    tasks = {"mood": ["bad", "good"]}
+    for words, arguments in {
+        "Adapters and heads alone": {"base": encoder, "adapter": {"r": 4, "top_k": 2}},
+        "Heads alone": {"base": encoder, "method": "none"},
+        "Adapters alone": {"base": causal, "causal": True, "adapter": {"r": 4, "top_k": 2}},
+        "Adapters, heads and the base's trained weights": {"base": encoder, "method": "lora", "freeze": "nothing"},
+        "The base's trained weights": {"base": causal, "causal": True, "method": "none", "freeze": "nothing"},
+    }.items():
+        assert contents(MultitaskModel(tasks=tasks, **arguments)) == words
 
 
 def test_a_checkpoint_gives_no_text_of_the_data_away(trained: Path) -> None:
