@@ -2,9 +2,10 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,14 @@ HOW_TO_GET_CHARACTERS = (
     "This file is part of the development data; without it use source=torchvision (the official EMNIST download), "
     "source=folder or source=generated."
 )
+# The arguments that have an effect on one source alone.
+CHARACTER_SOURCES: Mapping[str, Sequence[str]] = {
+    "npz": (),
+    "torchvision": ("split",),
+    "folder": ("folder",),
+    "generated": ("writers", "samples_per_class"),
+}
+USER_SOURCES: Mapping[str, Sequence[str]] = {"unipen": (), "folder": ("folder",), "synthetic": ()}
 FRACTIONS = (0.6, 0.2, 0.2)
 # With fewer, the three parts of the 60/20/20 split cannot all be filled.
 MIN_SAMPLES = 5
@@ -101,6 +110,28 @@ def keep_batch(batch: Any) -> Any:
     return batch
 
 
+def check_source(data: ZooDataModule, source: str, arguments: Mapping[str, Sequence[str]]) -> None:
+    """Refuse an unknown source, and arguments that would have no effect on the one that is named.
+
+    Args:
+        data: A datamodule that has set them.
+        source: Its source.
+        arguments: Names of those that have an effect on one source alone, by that source.
+
+    Raises:
+        UnknownNameError: There is no such source.
+        ValueError: An argument of another source differs from its default.
+    """
+    if source not in arguments:
+        raise UnknownNameError("source of characters", source, arguments)
+    defaults = signature(type(data)).parameters
+    for other, names in arguments.items():
+        for name in names:
+            value = getattr(data, name)
+            if other != source and value != defaults[name].default:
+                raise ValueError(f"{name}={value!r} has no effect on source={source!r}: it is for source={other!r}.")
+
+
 class CharacterDataModule(ZooDataModule):
     """Generic handwriting for the global expert: images in 0..1 and labels of the 47 merged classes."""
 
@@ -130,6 +161,10 @@ class CharacterDataModule(ZooDataModule):
             batch_size: Images per batch.
             num_workers: Processes that load.
             seed: Seed of order, splits and generated writers.
+
+        Raises:
+            UnknownNameError: There is no such source.
+            ValueError: An argument has no effect on it.
         """
         super().__init__(batch_size, num_workers, seed)
         self.save_hyperparameters()
@@ -139,6 +174,7 @@ class CharacterDataModule(ZooDataModule):
         self.folder = folder
         self.writers = writers
         self.samples_per_class = samples_per_class
+        check_source(self, source, CHARACTER_SOURCES)
 
     def prepare_data(self) -> None:
         """Download EMNIST where torchvision is the source."""
@@ -261,6 +297,10 @@ class UserDataModule(ZooDataModule):
             batch_size: Generic images per batch.
             num_workers: Processes that load.
             seed: Seed of generated data.
+
+        Raises:
+            UnknownNameError: There is no such source.
+            ValueError: An argument has no effect on it.
         """
         super().__init__(batch_size, num_workers, seed)
         self.save_hyperparameters()
@@ -271,6 +311,7 @@ class UserDataModule(ZooDataModule):
         self.seeds = list(seeds)
         self.max_samples = max_samples
         self.generic = generic
+        check_source(self, source, USER_SOURCES)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the users."""
@@ -363,9 +404,8 @@ class UserDataModule(ZooDataModule):
         """The generic test images, or nothing."""
         if self.generic == "none":
             return []
-        module = CharacterDataModule(
-            self.root, self.generic, writers=5, samples_per_class=2, batch_size=self.batch_size, seed=self.seed
-        )
+        few: dict[str, Any] = {"writers": 5, "samples_per_class": 2} if self.generic == "generated" else {}
+        module = CharacterDataModule(self.root, self.generic, batch_size=self.batch_size, seed=self.seed, **few)
         module.setup()
         return [module.test_dataloader()]
 

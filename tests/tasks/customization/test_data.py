@@ -201,6 +201,32 @@ def test_class_folders_without_a_user_folder_are_recognised(tmp_path: Path) -> N
         UserDataModule(source="folder", folder=str(tmp_path / "nobody")).setup()
 
 
+def test_arguments_of_another_source_are_refused() -> None:
+    for arguments, words in (
+        ({"folder": "DIR"}, "folder='DIR' has no effect on source='npz': it is for source='folder'"),
+        ({"split": "digits"}, "split='digits' has no effect on source='npz': it is for source='torchvision'"),
+        ({"source": "folder", "writers": 5}, "writers=5 has no effect on source='folder'"),
+        ({"source": "torchvision", "samples_per_class": 1}, "samples_per_class=1 has no effect"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            CharacterDataModule(**arguments)
+    CharacterDataModule(split="byclass", writers=20)
+    for source in ("unipen", "synthetic"):
+        with pytest.raises(ValueError, match=f"folder='DIR' has no effect on source='{source}'"):
+            UserDataModule(source=source, folder="DIR")
+    for module in (CharacterDataModule, UserDataModule):
+        with pytest.raises(UnknownNameError, match=r"Unknown source of characters 'folders'\. Did you mean 'folder'"):
+            module(source="folders")
+
+
+@pytest.mark.parametrize("generic", ["npz", "generated"])
+def test_generic_images_of_either_source(root: Path, generic: str) -> None:
+    module = UserDataModule(str(root), user="ann", generic=generic)
+    module.setup()
+    (images, _), *_ = [next(iter(loader)) for loader in module.test_dataloader()]
+    assert len(images) == 124
+
+
 def test_missing_root_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(DataNotFoundError, match=r"emnist_byclass\.npz"):
         CharacterDataModule(str(tmp_path)).setup()

@@ -129,6 +129,15 @@ def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "no generic test images" in sentence(capsys, "test", CHECKPOINTS[0], *words, NO_BAR, "--out", str(tmp_path))
 
 
+@pytest.mark.parametrize("config", ["lenet5-emnist", "user"])
+def test_a_folder_that_would_not_be_read_is_refused(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", "-c", f"configs/customization/{config}.yaml", f"--data.folder={tmp_path}", "--out", str(tmp_path)]
+    line = sentence(capsys, *words)
+    assert f"folder='{tmp_path}' has no effect on source=" in line and "it is for source='folder'" in line
+
+
 def test_a_user_of_too_few_samples_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = write_all_classes(3, 1)
     write_class_folders(tmp_path / "data/me", Samples(few.images[:3], few.labels[:3]))
