@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 from tasks.customization.model import CustomizedLeNet, Features, gate_input
+from zoo.moe.routers.base import require
 
+# The least that makes sense of each whole number in `Recipe`.
+LEAST = {"folds": 2, "copies": 0, "expert_steps": 1, "gate_steps": 1, "expert_batch": 1, "gate_batch": 1}
 # Learning rates tried, each a quarter of the last.
 ATTEMPTS = 4
 MOMENTUM = 0.9
@@ -66,6 +69,21 @@ class Recipe:
     max_drop: float = 0.3
     max_route: float = 0.05
     confidence: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse values that nothing can be learned with.
+
+        Raises:
+            ValueError: A value is not allowed; the message names it.
+        """
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= least, name, value, f"must be a whole number, at least {least}")
+        for name in ("expert_rate", "gate_rate"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        for name in ("weight_decay", "replay_weight", "max_drop", "confidence"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        require(0 <= self.max_route <= 1, "max_route", self.max_route, "must be between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,6 +145,7 @@ class CustomizationTask(MoETask):
 
         Raises:
             UnknownNameError: The recipe has no such field.
+            ValueError: A field has a value that is not allowed.
         """
         self.pretrained = pretrained
         self.save_to = save_to

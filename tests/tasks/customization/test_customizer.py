@@ -95,6 +95,34 @@ def test_samples_that_nothing_can_be_learned_from(
         customize(model, images, labels)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("folds", 1, "must be a whole number, at least 2"),
+        ("copies", -1, "must be a whole number, at least 0"),
+        ("expert_steps", 60.0, "must be a whole number, at least 1"),
+        ("gate_steps", 0, "must be a whole number, at least 1"),
+        ("expert_batch", 0, "must be a whole number, at least 1"),
+        ("gate_batch", 0.5, "must be a whole number, at least 1"),
+        ("expert_rate", 0.0, "must be positive"),
+        ("gate_rate", float("nan"), "must be positive"),
+        ("weight_decay", -1e-3, "must not be negative"),
+        ("replay_weight", -1.0, "must not be negative"),
+        ("max_drop", -1, "must not be negative"),
+        ("confidence", -0.5, "must not be negative"),
+        ("max_route", 5, "must be between 0 and 1"),
+    ],
+)
+def test_a_recipe_that_nothing_can_be_learned_with(field: str, value: float, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field}={value!r}: {rule}"):
+        Recipe(**{field: value})
+
+
+def test_the_least_recipe_is_allowed(model: CustomizedLeNet, writer: Writer) -> None:
+    least = Recipe(folds=2, copies=0, expert_steps=1, gate_steps=1, expert_batch=1, gate_batch=1, max_route=1.0)
+    assert 0 <= customize(model, *writer, recipe=least).threshold <= 1
+
+
 def test_a_rate_that_diverges_is_lowered(model: CustomizedLeNet, writer: Writer) -> None:
     rates = Recipe(expert_steps=60, gate_steps=60, copies=1, expert_rate=30.0)
     customised = customize(model, *writer, recipe=rates)

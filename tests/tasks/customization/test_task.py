@@ -119,6 +119,8 @@ def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "Did you mean 'max_drop'" in sentence(
         capsys, *user, *synthetic("synthetic-0"), "--model.recipe={max_drp: 1}"
     )
+    for field, rule in (("folds: 1", "whole number, at least 2"), ("expert_steps: 60.0", "whole number, at least 1")):
+        assert rule in sentence(capsys, *user, *synthetic("synthetic-0"), f"--model.recipe={{{field}}}")
     assert "Did you mean 'customization/lenet5-emnist'" in sentence(
         capsys, *user, *synthetic("synthetic-0"), "--model.pretrained=customization/lenet5-mnist"
     )
