@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pytorch_lightning.accelerators import CPUAccelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
@@ -69,6 +70,8 @@ class GlobalExpertTask(MoETask):
 
     def on_fit_end(self) -> None:
         """Save what a device needs, the expert and a replay buffer, as a checkpoint in the run folder."""
+        if not self.trainer.is_global_zero:
+            return
         folder = Path(self.trainer.default_root_dir) / "checkpoint"
         data: CharacterDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         model = CustomizedLeNet(self.variant, self.num_classes)
@@ -163,6 +166,20 @@ class CustomizationTask(MoETask):
         """Load the checkpoint."""
         # Lightning warns of modules that begin training in eval mode; nothing here depends on the mode.
         self.model = hub.load_as(self.pretrained, CustomizedLeNet).train()
+
+    def setup(self, stage: str) -> None:
+        """Refuse what a device's customization cannot run on.
+
+        Raises:
+            ValueError: The trainer runs on something else than a CPU, or in several processes.
+        """
+        if not isinstance(self.trainer.accelerator, CPUAccelerator):
+            found = type(self.trainer.accelerator).__name__.removesuffix("Accelerator")
+            raise ValueError(
+                f"The trainer runs on {found}; customization is for the CPU, where it takes seconds. "
+                "Set --trainer.accelerator=cpu."
+            )
+        self.require_one_process("One user is customised for at a time.")
 
     def configure_optimizers(self) -> list[Optimizer]:
         """None: `customize` has its own two, so that a device without Lightning learns the same."""

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 from command_line import sentence
+from pytorch_lightning.accelerators import CUDAAccelerator
 
 import zoo
 from tasks.customization.data import Samples, to_float, write_all_classes, write_class_folders
@@ -44,6 +46,28 @@ def test_train_a_global_expert_then_customise_it(variant: str, tmp_path: Path) -
     main([*user, *synthetic("synthetic-5"), "--out", str(tmp_path / "user")])
     customised = zoo.load(tmp_path / "user/customized/synthetic-5")
     assert torch.equal(customised.global_expert.conv1.weight, trained["model.conv1.weight"])
+
+
+def test_one_of_several_processes_saves_the_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pl.Trainer, "is_global_zero", False)
+    small = ["--data.source=generated", "--data.writers=3", "--data.samples_per_class=1", "--trainer.max_epochs=1"]
+    main(["fit", "-c", "configs/customization/lenet5-emnist.yaml", *small, NO_BAR, "--out", str(tmp_path)])
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_customization_is_for_one_process_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [QUICK, *synthetic("synthetic-0"), NO_BAR, "--out", str(tmp_path)]
+    commands = (["fit", "-c", "configs/customization/user.yaml"], ["test", CHECKPOINTS[0]], ["predict", CHECKPOINTS[0]])
+    with monkeypatch.context() as patch:
+        patch.setattr(pl.Trainer, "accelerator", CUDAAccelerator())
+        for command in commands:
+            line = sentence(capsys, *command, *words)
+            assert "The trainer runs on CUDA; customization is for the CPU" in line
+            assert line.endswith("Set --trainer.accelerator=cpu.")
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    assert "has 2 processes. One user is customised for at a time." in sentence(capsys, *commands[0], *words)
 
 
 def test_fit_a_user_saves_a_model_and_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
