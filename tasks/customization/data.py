@@ -1,6 +1,7 @@
 """Handwriting: generic characters for the global expert, and the samples of single users."""
 
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tasks.customization.characters import CHARACTERS, MERGED_CHARACTERS, folder_name, label_of_folder, merge
 from tasks.customization.strokes import SIDE, SyntheticWriter
-from zoo.data import ZooDataModule, check_disjoint, find
+from zoo.data import ENVIRONMENT_VARIABLE, ZooDataModule, check_disjoint, find
 from zoo.errors import DataNotFoundError, UnknownNameError
 
 HOW_TO_GET_CHARACTERS = (
@@ -150,7 +151,8 @@ class CharacterDataModule(ZooDataModule):
         """Describe the data; nothing is read before `setup`.
 
         Args:
-            root: Data root with `characters/`, or where torchvision keeps its downloads; else `MOE_ZOO_DATA`.
+            root: Data root with `characters/`, or where torchvision keeps its downloads; else `MOE_ZOO_DATA`. Without
+                either, torchvision downloads into the current folder.
             source: `npz` reads `characters/emnist_byclass.npz` (its own split column) and, for training, all of
                 `emnist_bymerge_extra.npz`; `torchvision` the official EMNIST; `folder` class folders
                 `digit_0/*.png`, `upper_A`, `lower_a`; `generated` draws stroke fonts (synthetic).
@@ -210,11 +212,16 @@ class CharacterDataModule(ZooDataModule):
         train = Samples(torch.cat([train.images, extra.images]), torch.cat([train.labels, extra.labels]))
         return [train, val, test]
 
+    @property
+    def download_root(self) -> str:
+        """Where torchvision keeps its downloads."""
+        return self.root or os.environ.get(ENVIRONMENT_VARIABLE) or "."
+
     def torchvision_emnist(self, train: bool, download: bool = False) -> Any:
         """The dataset of torchvision, whose images are transposed."""
         from torchvision.datasets import EMNIST
 
-        return EMNIST(self.root or ".", split=self.split, train=train, download=download)
+        return EMNIST(self.download_root, split=self.split, train=train, download=download)
 
     def from_torchvision(self) -> list[Samples]:
         """The official EMNIST, upright; a tenth of its training part is held out for validation."""
@@ -230,7 +237,7 @@ class CharacterDataModule(ZooDataModule):
                 dataset = self.torchvision_emnist(train)
             except RuntimeError as error:
                 raise DataNotFoundError(
-                    f"EMNIST {self.split}", [self.root or "."], "Run with network once, so that it is downloaded."
+                    f"EMNIST {self.split}", [self.download_root], "Run with network once, so that it is downloaded."
                 ) from error
             images = dataset.data.transpose(1, 2).contiguous()
             parts.append(Samples(images, self.merged_torchvision_labels(dataset.targets.long())))

@@ -101,6 +101,17 @@ def test_torchvision_without_download_says_what_to_do(tmp_path: Path, monkeypatc
         CharacterDataModule(str(tmp_path), source="torchvision", split="digits").setup()
 
 
+def test_torchvision_keeps_its_downloads_in_the_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(EMNIST, "__init__", lambda self, root, **options: asked.append(root))
+    monkeypatch.setenv("MOE_ZOO_DATA", str(tmp_path))
+    CharacterDataModule(source="torchvision").prepare_data()
+    CharacterDataModule("named", source="torchvision").prepare_data()
+    monkeypatch.delenv("MOE_ZOO_DATA")
+    CharacterDataModule(source="torchvision").prepare_data()
+    assert asked == [str(tmp_path), "named", "."]
+
+
 def test_generated_writers_do_not_overlap() -> None:
     module = CharacterDataModule(source="generated", writers=5, samples_per_class=1)
     module.setup()
