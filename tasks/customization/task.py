@@ -20,6 +20,7 @@ from tasks.customization.evaluate import accuracy, both_experts, plot_repairs, p
 from tasks.customization.model import CustomizedLeNet, Features, LeNet
 from zoo import hub
 from zoo.errors import UnknownNameError
+from zoo.moe.routers.base import require
 from zoo.report import print_table, write_metrics, write_predictions
 from zoo.task import MoETask, StepOutput
 
@@ -41,11 +42,16 @@ class GlobalExpertTask(MoETask):
 
         Args:
             variant: Of `LeNet`.
-            num_classes: Width of its output.
+            num_classes: Width of its output: the first so many of the 47 merged classes.
             lr: Peak learning rate of AdamW.
             weight_decay: Its weight decay.
             warmup: Share of all steps in which the rate rises.
+
+        Raises:
+            ValueError: There are not so many classes.
         """
+        allowed = 1 <= num_classes <= len(MERGED_CHARACTERS)
+        require(allowed, "num_classes", num_classes, f"must be between 1 and {len(MERGED_CHARACTERS)}")
         self.variant = variant
         self.num_classes = num_classes
         super().__init__(lr, weight_decay, warmup)
@@ -80,7 +86,7 @@ class GlobalExpertTask(MoETask):
         # A device sees classes as often as the world has them: drawn at random, not balanced.
         chosen = torch.randint(len(samples), (model.replay_size,), generator=torch.Generator().manual_seed(data.seed))
         model.eval().fill_replay(to_float(samples.images[chosen]), samples.labels[chosen])
-        card = expert_card(self.variant, data.source, self.trainer.current_epoch)
+        card = expert_card(self.variant, self.num_classes, data, self.trainer.current_epoch)
         config = (hub.assets() / "configs/customization/users.yaml").read_text()
         hub.save(model, folder, card=card, golden_input=golden_images(samples.images[:8]), config=config)
         print(f"Checkpoint to customise: {folder}")
@@ -88,40 +94,46 @@ class GlobalExpertTask(MoETask):
 
 PREPROCESSING = {"size": "1 x 28 x 28", "range": "0..1", "ink": "white on black, upright, centred"}
 
-# What the sources of training data are called on a card, and their terms.
+# What the sources of training data are called on a card, what of them was learned from, and their terms.
 SOURCES = {
     "npz": (
         "EMNIST",
         "80 % of EMNIST ByClass's official test set (93,083 images) and 99,845 further EMNIST images",
         "EMNIST (NIST SD19): US government work",
     ),
-    "torchvision": ("EMNIST", "the official training part of EMNIST", "EMNIST (NIST SD19): US government work"),
+    "torchvision": (
+        "EMNIST",
+        "nine tenths of the official training part of EMNIST's split {split}",
+        "EMNIST (NIST SD19): US government work",
+    ),
     "folder": ("your own images", "class folders of the trainer's own", "its trainer's to say"),
     "generated": ("stroke fonts (synthetic)", "characters drawn in stroke fonts (synthetic)", "none"),
 }
 
 
-def expert_card(variant: str, source: str, epochs: int) -> hub.Card:
+def expert_card(variant: str, num_classes: int, data: CharacterDataModule, epochs: int) -> hub.Card:
     """What the checkpoint of a trained global expert says about itself."""
-    name, data, terms = SOURCES[source]
+    name, learned, terms = SOURCES[data.source]
     warning = (
         " Do not score it on torchvision's ByClass test part: most of that was training data."
-        if source == "npz"
+        if data.source == "npz"
         else ""
     )
+    everything = len(MERGED_CHARACTERS)
+    classes = f"{everything}" if num_classes == everything else f"the first {num_classes} of {everything}"
     return hub.Card(
         title=f"{variant} on {name}, to be customised",
-        task="handwritten character recognition, 47 merged classes",
+        task=f"handwritten character recognition, {classes} merged classes",
         description=(
             "A frozen global expert, a closed gate and a replay buffer of 1,000 generic training images' features. "
             "tasks.customization.customizer.customize learns a local expert and the gate from one user's samples."
             + warning
         ),
-        data=f"{data}, {epochs} epochs.",
+        data=f"{learned.format(split=data.split)}, {epochs} epochs.",
         data_terms=terms,
         weights_licence="its trainer's to say",
         preprocessing=PREPROCESSING,
-        classes=list(MERGED_CHARACTERS),
+        classes=list(MERGED_CHARACTERS[:num_classes]),
     )
 
 
@@ -335,7 +347,7 @@ def save_customized(model: CustomizedLeNet, folder: Path, user: UserSamples, bas
         data=f"{len(user.train) + len(user.val)} samples of {user.user}" + (" (synthetic)" if user.synthetic else ""),
         data_terms="the user's own",
         weights_licence="the user's own",
-        classes=list(MERGED_CHARACTERS),
+        classes=list(MERGED_CHARACTERS[: model.num_classes]),
         preprocessing=PREPROCESSING,
     )
     config = (hub.assets() / "configs/customization/users.yaml").read_text()

@@ -13,9 +13,9 @@ from command_line import sentence
 from pytorch_lightning.accelerators import CUDAAccelerator
 
 import zoo
-from tasks.customization.data import Samples, to_float, write_all_classes, write_class_folders
+from tasks.customization.data import CharacterDataModule, Samples, to_float, write_all_classes, write_class_folders
 from tasks.customization.demo import main as demo
-from tasks.customization.task import expert_card
+from tasks.customization.task import GlobalExpertTask, expert_card
 from zoo import hub
 from zoo.cli import main
 from zoo.errors import DataNotFoundError
@@ -186,9 +186,15 @@ def test_a_damaged_checkpoint_and_options_in_the_wrong_place_are_one_sentence(
 
 
 def test_the_card_says_what_the_expert_was_trained_on() -> None:
-    card = expert_card("lenet5", "generated", 3)
+    card = expert_card("lenet5", 47, CharacterDataModule(source="generated"), 3)
     assert "synthetic" in card.title and "3 epochs" in card.data and "torchvision" not in card.description
-    assert "EMNIST" in expert_card("lenet5", "npz", 12).title
+    assert "47 merged classes" in card.task and len(card.classes) == 47
+    assert "EMNIST" in expert_card("lenet5", 47, CharacterDataModule(), 12).title
+    digits = expert_card("lenet5", 10, CharacterDataModule(source="torchvision", split="digits"), 1)
+    assert digits.data == "nine tenths of the official training part of EMNIST's split digits, 1 epochs."
+    assert "the first 10 of 47 merged classes" in digits.task and digits.classes == list("0123456789")
+    with pytest.raises(ValueError, match="num_classes=62: must be between 1 and 47"):
+        GlobalExpertTask(num_classes=62)
 
 
 def test_demo_of_a_writer_needs_data(monkeypatch: pytest.MonkeyPatch) -> None:
