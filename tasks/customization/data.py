@@ -529,14 +529,6 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     return pixels
 
 
-def write_class_folders(folder: Path, samples: Samples) -> None:
-    """Write samples as `<class folder>/<number>.png`, the layout that `read_class_folders` reads."""
-    for number, (image, label) in enumerate(zip(samples.images, samples.labels.tolist(), strict=True)):
-        path = folder / folder_name(label) / f"{number:05d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.numpy()).save(path)
-
-
 def write_all_classes(seed: int, samples_per_class: int) -> Samples:
     """Have a synthetic writer write every class several times."""
     writer = SyntheticWriter(seed)

@@ -1,12 +1,12 @@
 """The datamodules' sources, splits and errors."""
 
 import json
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from handwriting import write_class_folders, write_emnist
 from PIL import Image
 from torchvision.datasets import EMNIST
 
@@ -20,7 +20,6 @@ from tasks.customization.data import (
     split_samples,
     split_user,
     write_all_classes,
-    write_class_folders,
 )
 from zoo.errors import DataNotFoundError, UnknownNameError
 
@@ -67,21 +66,12 @@ def test_npz_parts_are_disjoint_merged_and_scaled(root: Path) -> None:
     assert torch.equal(first, again), "the order depends on seed and epoch alone"
 
 
-def write_idx(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
-    path.write_bytes(header + values.tobytes())
-
-
 @pytest.mark.parametrize(("split", "low", "expected"), [("byclass", 0, None), ("letters", 1, 10), ("balanced", 0, 0)])
 def test_torchvision_is_upright_and_merged(tmp_path: Path, split: str, low: int, expected: int | None) -> None:
     upright = np.zeros((20, 28, 28), np.uint8)
     upright[:, 3, 10:20] = 255
     labels = (np.arange(20) + low).astype(np.uint8)
-    for part in ("train", "test"):
-        base = tmp_path / "EMNIST" / "raw" / f"emnist-{split}-{part}"
-        write_idx(Path(f"{base}-images-idx3-ubyte"), np.ascontiguousarray(upright.transpose(0, 2, 1)))
-        write_idx(Path(f"{base}-labels-idx1-ubyte"), labels)
+    write_emnist(tmp_path, split, upright, labels)
     module = CharacterDataModule(str(tmp_path), source="torchvision", split=split, batch_size=20)
     if split == "byclass":
         with pytest.warns(UserWarning, match="too good"):

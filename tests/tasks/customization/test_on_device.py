@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from handwriting import write_class_folders
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from tasks.customization.customizer import (
     keep,
     learn,
 )
-from tasks.customization.data import Samples, write_all_classes, write_class_folders
+from tasks.customization.data import Samples, write_all_classes
 from tasks.customization.model import CustomizedLeNet
 from tasks.customization.on_device import DeviceBackend, DeviceLearner, customize_on_device
 from tasks.customization.programs import (

@@ -5,15 +5,17 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
 from command_line import sentence
+from handwriting import write_class_folders, write_emnist
 from pytorch_lightning.accelerators import CUDAAccelerator
 
 import zoo
-from tasks.customization.data import CharacterDataModule, Samples, to_float, write_all_classes, write_class_folders
+from tasks.customization.data import CharacterDataModule, Samples, to_float, write_all_classes
 from tasks.customization.demo import main as demo
 from tasks.customization.task import GlobalExpertTask, expert_card
 from zoo import hub
@@ -195,6 +197,16 @@ def test_the_card_says_what_the_expert_was_trained_on() -> None:
     assert "the first 10 of 47 merged classes" in digits.task and digits.classes == list("0123456789")
     with pytest.raises(ValueError, match="num_classes=62: must be between 1 and 47"):
         GlobalExpertTask(num_classes=62)
+
+
+def test_an_expert_of_an_official_split_says_so(tmp_path: Path) -> None:
+    ink = np.random.default_rng(0).integers(0, 256, (40, 28, 28)).astype(np.uint8)
+    write_emnist(tmp_path, "digits", ink, (np.arange(40) % 10).astype(np.uint8))
+    words = ["--data.source=torchvision", "--data.split=digits", f"--data.root={tmp_path}", "--model.num_classes=10"]
+    config = ["fit", "-c", "configs/customization/lenet5-emnist.yaml"]
+    main([*config, *words, "--trainer.max_epochs=1", NO_BAR, "--out", str(tmp_path / "run")])
+    card = zoo.info(tmp_path / "run/checkpoint").card
+    assert "nine tenths" in card.data and "split digits" in card.data and "first 10 of 47" in card.task
 
 
 def test_demo_of_a_writer_needs_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from handwriting import write_class_folders
 
 import zoo
-from tasks.customization.data import read_class_folders, write_all_classes, write_class_folders
+from tasks.customization.data import read_class_folders, write_all_classes
 from tasks.customization.profile import create_profile, to_png
 from tasks.customization.strokes import SyntheticWriter, glyph, render
 
