@@ -81,6 +81,19 @@ class UserSamples:
     synthetic: bool = False
 
 
+@dataclass(slots=True)
+class WholeUser:
+    """All of one user's samples, for prediction.
+
+    Attributes:
+        samples: In the order of the source.
+        ids: `<user>/<class folder>/<file>` of images from a folder, else `<user>/<place in the source>`.
+    """
+
+    samples: Samples
+    ids: list[str]
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 `(N, 28, 28)` to float `(N, 1, 28, 28)` in 0..1, what every model here takes."""
     return images.unsqueeze(1).float() / 255
@@ -274,7 +287,7 @@ class CharacterDataModule(ZooDataModule):
 class UserDataModule(ZooDataModule):
     """Single users' samples, one user per batch, and generic test images to see what customization costs elsewhere.
 
-    The test part has two loaders: generic images, then users.
+    The test part has two loaders: generic images, then users. Prediction takes all samples, unsplit.
     """
 
     def __init__(
@@ -299,7 +312,7 @@ class UserDataModule(ZooDataModule):
                 below `folder`; `synthetic` draws stroke fonts for the users `synthetic-0`, `synthetic-1`, ...
             folder: The folder of `source=folder`.
             seeds: Seeds of the 60/20/20 split; testing visits every user with every seed.
-            max_samples: Use only this many of a user's training and validation samples together.
+            max_samples: Learn from only this many of a user's training and validation samples together.
             generic: Where the generic test images come from.
             batch_size: Generic images per batch.
             num_workers: Processes that load.
@@ -321,23 +334,20 @@ class UserDataModule(ZooDataModule):
         check_source(self, source, USER_SOURCES)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the users."""
-        self.users = self.read_users()
-
-    def read_users(self) -> list[UserSamples]:
-        """The chosen users, split once per seed.
+        """Read the users; split their samples unless they are to be predicted.
 
         Raises:
             UnknownNameError: There is no such user.
+            ValueError: A user's samples cannot be split.
         """
         readers = {"unipen": self.from_unipen, "folder": self.from_folder, "synthetic": self.from_generator}
-        available = readers[self.source]()
-        chosen = [self.user] if self.user else list(available)
-        return [
-            split_user(user, available[user], seed, self.max_samples, synthetic=self.source == "synthetic")
-            for seed in self.seeds
-            for user in chosen
-        ]
+        self.samples = readers[self.source]()
+        if stage != "predict":
+            self.users = [
+                split_user(user, samples, seed, self.max_samples, synthetic=self.source == "synthetic")
+                for seed in self.seeds
+                for user, samples in self.samples.items()
+            ]
 
     def known(self, names: Sequence[str]) -> None:
         """Raise `UnknownNameError` if the user is none of these."""
@@ -400,8 +410,16 @@ class UserDataModule(ZooDataModule):
         return [*self.generic_loaders(), self.user_loader()]
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """One user per batch, each once."""
-        return DataLoader([user for user in self.users if user.seed == self.seeds[0]], batch_size=None)  # type: ignore[arg-type]
+        """One user per batch, each once, as `WholeUser`."""
+        users = [WholeUser(samples, self.sample_ids(user)) for user, samples in self.samples.items()]
+        return DataLoader(users, batch_size=None)  # type: ignore[arg-type]
+
+    def sample_ids(self, user: str) -> list[str]:
+        """What leads from a prediction back to its sample, see `WholeUser`."""
+        if self.source == "folder":
+            folder = Path(self.folder or "")
+            return [path.relative_to(folder).as_posix() for path, _ in list_class_folders(folder / user)]
+        return [f"{user}/{number}" for number in range(len(self.samples[user]))]
 
     def user_loader(self) -> DataLoader[Any]:
         """One user and seed per batch, as `UserSamples`."""
@@ -483,23 +501,32 @@ def split_user(
 
 
 def read_class_folders(folder: Path) -> Samples:
-    """Read `<digit_0 | upper_A | lower_a>/*.png` below a folder.
+    """Read the images that `list_class_folders` finds, in that order.
 
     Raises:
         DataNotFoundError: The folder or any image in it is missing.
         ValueError: A folder names no class, or an image is unreadable, of another size or black on white.
     """
+    paths, labels = zip(*list_class_folders(folder), strict=True)
+    return Samples(torch.from_numpy(np.stack([read_image(path) for path in paths])), torch.tensor(labels))
+
+
+def list_class_folders(folder: Path) -> list[tuple[Path, int]]:
+    """The images of `<digit_0 | upper_A | lower_a>/*.png` below a folder, and their labels.
+
+    Raises:
+        DataNotFoundError: The folder or any image in it is missing.
+        ValueError: A folder names no class.
+    """
     if not folder.is_dir():
         raise DataNotFoundError("the folder of class folders", [folder], "Name it with --data.folder DIR.")
-    images, labels = [], []
+    found: list[tuple[Path, int]] = []
     for class_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
         label = label_of_folder(class_folder.name)
-        for path in sorted(class_folder.glob("*.png")):
-            images.append(read_image(path))
-            labels.append(label)
-    if not images:
+        found += [(path, label) for path in sorted(class_folder.glob("*.png"))]
+    if not found:
         raise DataNotFoundError("any image", [folder / "digit_0" / "*.png"], "Expected class folders with PNG files.")
-    return Samples(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+    return found
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:

@@ -1,7 +1,7 @@
 """Lightning tasks of customization: training a global expert, and customising it for users."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from tasks.customization.characters import CHARACTERS, MERGED_CHARACTERS, merge
 from tasks.customization.customizer import Recipe, customize
-from tasks.customization.data import CharacterDataModule, Samples, UserSamples, to_float
+from tasks.customization.data import CharacterDataModule, Samples, UserSamples, WholeUser, to_float
 from tasks.customization.evaluate import accuracy, both_experts, plot_repairs, plot_users, score_user, summarize
 from tasks.customization.model import CustomizedLeNet, Features, LeNet
 from zoo import hub
@@ -238,13 +238,10 @@ class CustomizationTask(MoETask):
             figure = folder / f"repairs-{user.user}.png"
             print(f"What it repaired: {plot_repairs(user.test.images, labels, before, after, title, figure)}")
 
-    def predict_step(self, batch: UserSamples, batch_idx: int) -> list[Mapping[str, Any]]:
+    def predict_step(self, batch: WholeUser, batch_idx: int) -> list[Mapping[str, Any]]:
         """Classify all samples of a user with the model as it is: one row per sample."""
         done = len(self.prediction_rows)
-        parts = (batch.train, batch.val, batch.test)
-        samples = Samples(*(torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels")))
-        whole = UserSamples(batch.user, batch.seed, samples, samples, samples, batch.synthetic)
-        self.keep_predictions(whole, self.model, self.own(samples))
+        self.keep_predictions(batch.ids, batch.samples, self.model, self.own(batch.samples))
         return self.prediction_rows[done:]
 
     @torch.no_grad()
@@ -272,7 +269,8 @@ class CustomizationTask(MoETask):
         own = self.own(batch.test)
         row = score_user(customised, own, self.all_generic())
         self.rows.append({"user": batch.user, "seed": batch.seed, **row, "seconds": seconds})
-        self.keep_predictions(batch, customised, own)
+        ids = [f"{batch.user}/{batch.seed}/{number}" for number in range(len(batch.test))]
+        self.keep_predictions(ids, batch.test, customised, own)
 
     def all_generic(self) -> tuple[Features, Tensor]:
         """Features and labels of all generic images."""
@@ -282,21 +280,24 @@ class CustomizationTask(MoETask):
             self.generic = [(Features(*(torch.cat(column) for column in columns)), torch.cat(labels))]
         return self.generic[0]
 
-    def keep_predictions(self, user: UserSamples, customised: CustomizedLeNet, own: tuple[Features, Tensor]) -> None:
-        """One row per test sample: what it is, what both said, and who answered."""
+    def keep_predictions(
+        self, ids: Sequence[str], samples: Samples, model: CustomizedLeNet, own: tuple[Features, Tensor]
+    ) -> None:
+        """One row per sample: what it is, what both said, and who answered."""
         features, labels = own
-        _, mixed, routing = both_experts(customised, features)
+        _, mixed, routing = both_experts(model, features)
         answers = zip(
-            user.test.labels.tolist(),
+            ids,
+            samples.labels.tolist(),
             labels.tolist(),
             features.logits.argmax(1).tolist(),
             mixed.argmax(1).tolist(),
             routing.expert_index[:, 0].tolist(),
             strict=True,
         )
-        for number, (character, label, before, after, expert) in enumerate(answers):
+        for name, character, label, before, after, expert in answers:
             row: Mapping[str, Any] = {
-                "id": f"{user.user}/{user.seed}/{number}",
+                "id": name,
                 "character": CHARACTERS[character],
                 "target": MERGED_CHARACTERS[label],
                 "global_prediction": MERGED_CHARACTERS[before],

@@ -15,7 +15,8 @@ from handwriting import write_class_folders, write_emnist
 from pytorch_lightning.accelerators import CUDAAccelerator
 
 import zoo
-from tasks.customization.data import CharacterDataModule, Samples, to_float, write_all_classes
+from tasks.customization.characters import CHARACTERS, MERGED_CHARACTERS, label_of_folder
+from tasks.customization.data import CharacterDataModule, Samples, read_image, to_float, write_all_classes
 from tasks.customization.demo import main as demo
 from tasks.customization.task import GlobalExpertTask, expert_card
 from zoo import hub
@@ -87,7 +88,8 @@ def test_fit_a_user_saves_a_model_and_a_figure(tmp_path: Path, capsys: pytest.Ca
     words = ["--data.source=synthetic", "--data.user=synthetic-1", "--data.generic=none", NO_BAR]
     main(["predict", str(tmp_path / "customized/synthetic-1"), *words, "--out", str(tmp_path)])
     rows = pd.read_parquet(tmp_path / "predictions.parquet")
-    assert len(rows) == 744 and (rows.expert == "local").mean() > 0.5
+    assert list(rows.id) == [f"synthetic-1/{number}" for number in range(744)]
+    assert (rows.expert == "local").mean() > 0.5
     assert (rows.prediction == rows.target).mean() > (rows.global_prediction == rows.target).mean()
 
 
@@ -103,6 +105,21 @@ def test_a_users_own_folder(tmp_path: Path) -> None:
     source = ["--data.source=folder", f"--data.folder={tmp_path / 'data'}", "--data.generic=none"]
     main(["fit", "-c", "configs/customization/user.yaml", QUICK, *source, "--out", str(tmp_path / "run")])
     assert zoo.info(tmp_path / "run/customized/me").card.data == "99 samples of me"
+
+
+def test_prediction_of_a_folder_names_its_files(tmp_path: Path) -> None:
+    samples = write_all_classes(3, 3)
+    for user, chosen in (("me", samples.labels == 0), ("you", samples.labels % 13 == 0)):
+        write_class_folders(tmp_path / "data" / user, samples[chosen])
+    source = ["--data.source=folder", f"--data.folder={tmp_path / 'data'}", "--data.seeds=[1, 0]", NO_BAR]
+    main(["predict", CHECKPOINTS[0], *source, "--out", str(tmp_path / "run")])
+    rows = pd.read_parquet(tmp_path / "run/predictions.parquet")
+    files = sorted(path.relative_to(tmp_path / "data").as_posix() for path in tmp_path.glob("data/*/*/*.png"))
+    assert len(rows) == 18 and sorted(rows.id) == files, "three samples of one class, and another user's"
+    assert (rows.id.str.split("/").str[1].map(label_of_folder).map(CHARACTERS.__getitem__) == rows.character).all()
+    images = torch.from_numpy(np.stack([read_image(tmp_path / "data" / name) for name in rows.id]))
+    answers = zoo.load(CHECKPOINTS[0])(to_float(images)).argmax(1)
+    assert [MERGED_CHARACTERS[answer] for answer in answers] == rows.global_prediction.to_list()
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
