@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from pytorch_lightning.accelerators import CPUAccelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -210,7 +211,8 @@ class CustomizationTask(MoETask):
         customised, seconds = self.learn(batch)
         folder = Path(self.trainer.default_root_dir)
         target = Path(self.save_to) if self.save_to else folder / "customized" / batch.user
-        save_customized(customised, target, batch, self.pretrained)
+        data = {name: getattr(self.trainer.datamodule, name) for name in LEARNED_FROM}  # type: ignore[attr-defined]
+        save_customized(customised, target, batch, self.pretrained, data)
         self.show(batch, customised, seconds, folder)
         print(f"Customised model: {target}")
         self.model = customised
@@ -339,8 +341,23 @@ def golden_images(like: Tensor) -> Tensor:
     return torch.rand(to_float(like).shape, generator=torch.Generator().manual_seed(0))
 
 
-def save_customized(model: CustomizedLeNet, folder: Path, user: UserSamples, base: str) -> None:
-    """Save a customised model as a checkpoint of its own, loadable by `zoo.load(folder)`."""
+# Arguments of `UserDataModule` that `moe-zoo test` and `predict` of a customised model take over from its learning. The
+# user's folder is not among them, since it may be gone: they ask for it.
+LEARNED_FROM = ("source", "user", "seeds", "max_samples", "generic")
+
+
+def save_customized(
+    model: CustomizedLeNet, folder: Path, user: UserSamples, base: str, data: Mapping[str, Any]
+) -> None:
+    """Save a customised model as a checkpoint of its own, loadable by `zoo.load(folder)`.
+
+    Args:
+        model: The model.
+        folder: Where to.
+        user: What it learned from.
+        base: The checkpoint that it was.
+        data: Arguments of `UserDataModule` with which `moe-zoo test` and `predict` find the user's samples.
+    """
     card = hub.Card(
         title=f"{base} customised for {user.user}",
         task="handwritten character recognition",
@@ -351,5 +368,6 @@ def save_customized(model: CustomizedLeNet, folder: Path, user: UserSamples, bas
         classes=list(MERGED_CHARACTERS[: model.num_classes]),
         preprocessing=PREPROCESSING,
     )
-    config = (hub.assets() / "configs/customization/users.yaml").read_text()
+    config = yaml.safe_load((hub.assets() / "configs/customization/users.yaml").read_text())
+    config["data"]["init_args"] |= data
     hub.save(model, folder, card=card, golden_input=golden_images(user.test.images[:4]), config=config)

@@ -302,7 +302,7 @@ class Studio:
         seconds = time.perf_counter() - start
         job.phase, job.share = "measuring", 1.0
         measured = self._measure(model, samples, user.test)
-        save_customized(model, profile.model_folder, user, self.checkpoint)
+        save_customized(model, profile.model_folder, user, self.checkpoint, {"source": "folder"})
         outcome = Outcome(
             learned_from=len(labels),
             seconds=seconds,

@@ -85,8 +85,7 @@ def test_fit_a_user_saves_a_model_and_a_figure(tmp_path: Path, capsys: pytest.Ca
     answers = [model(to_float(own.images)).argmax(1) for model in (base, customised)]
     assert not torch.equal(*answers)
 
-    words = ["--data.source=synthetic", "--data.user=synthetic-1", "--data.generic=none", NO_BAR]
-    main(["predict", str(tmp_path / "customized/synthetic-1"), *words, "--out", str(tmp_path)])
+    main(["predict", str(tmp_path / "customized/synthetic-1"), NO_BAR, "--out", str(tmp_path)])
     rows = pd.read_parquet(tmp_path / "predictions.parquet")
     assert list(rows.id) == [f"synthetic-1/{number}" for number in range(744)]
     assert (rows.expert == "local").mean() > 0.5
@@ -99,12 +98,20 @@ def test_a_second_user_does_not_overwrite_the_first(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "customized").iterdir()} == {"synthetic-0", "synthetic-1"}
 
 
-def test_a_users_own_folder(tmp_path: Path) -> None:
+def test_a_users_own_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = write_all_classes(3, 2)
     write_class_folders(tmp_path / "data/me", samples)
     source = ["--data.source=folder", f"--data.folder={tmp_path / 'data'}", "--data.generic=none"]
     main(["fit", "-c", "configs/customization/user.yaml", QUICK, *source, "--out", str(tmp_path / "run")])
-    assert zoo.info(tmp_path / "run/customized/me").card.data == "99 samples of me"
+    mine = tmp_path / "run/customized/me"
+    assert zoo.info(mine).card.data == "99 samples of me"
+    for command in ("predict", "test"):
+        line = sentence(capsys, command, str(mine), "--data.generic=generated", "--out", str(tmp_path / "run"))
+        assert "Could not find the users' folder" in line and line.endswith("Name it with --data.folder DIR.")
+    main(["predict", str(mine), source[1], NO_BAR, "--out", str(tmp_path / "run")])
+    assert len(pd.read_parquet(tmp_path / "run/predictions.parquet")) == len(samples)
+    words = [source[1], "--data.generic=generated", QUICK, NO_BAR]
+    assert main(["test", str(mine), *words, "--out", str(tmp_path / "run")])["custom_acc_moe"] > 0
 
 
 def test_prediction_of_a_folder_names_its_files(tmp_path: Path) -> None:

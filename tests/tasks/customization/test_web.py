@@ -12,8 +12,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from command_line import sentence
 
 import zoo
 from tasks.customization.characters import CHARACTERS, MERGED_CHARACTERS, folder_name
@@ -24,6 +26,7 @@ from tasks.customization.strokes import render
 from tasks.customization.web import server, studio, views
 from tasks.customization.web.server import Guard, is_loopback, listen
 from tasks.customization.web.studio import Answer, Job, Studio, check_label, check_strokes
+from zoo.cli import main
 from zoo.errors import DataNotFoundError
 
 QUICK = Recipe(expert_steps=60, gate_steps=60, copies=1)
@@ -326,12 +329,21 @@ def test_hostile_payloads(work: Studio, files: Any) -> None:
         work.import_files(files, "Ada")
 
 
-def test_the_customised_model_can_be_taken_along(taught: Studio, tmp_path: Path) -> None:
+def test_the_customised_model_can_be_taken_along(
+    taught: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name, data = taught.export_model("Ada")
     zipfile.ZipFile(io.BytesIO(data)).extractall(tmp_path)
     taken, kept = zoo.load(tmp_path / "Ada-model"), taught.customised("Ada")
     assert name == "Ada-model.zip" and kept and torch.equal(taken.local_expert.up, kept[0].local_expert.up)
     zoo.hub.verify(tmp_path / "Ada-model")
+    words = ["predict", str(tmp_path / "Ada-model"), "--out", str(tmp_path / "run")]
+    assert sentence(capsys, *words).endswith("Name it with --data.folder DIR."), "whose hand, it cannot know"
+    _, samples = taught.export_samples("Ada")
+    zipfile.ZipFile(io.BytesIO(samples)).extractall(tmp_path / "samples")
+    main([*words, f"--data.folder={tmp_path / 'samples'}", "--trainer.enable_progress_bar=false"])
+    rows = pd.read_parquet(tmp_path / "run/predictions.parquet")
+    assert len(rows) == 124 and all((tmp_path / "samples" / name).is_file() for name in rows.id)
 
 
 def test_programs_for_other_runtimes(taught: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
