@@ -113,7 +113,7 @@ OWN_ARGUMENTS = {
 # How a generated market is divided, the days before the first features left out.
 GENERATED_SHARES = (0.6, 0.2, 0.2)
 PARTS = ("train", "val", "test")
-PARTS_OF_STAGE = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), None: PARTS}
+PARTS_OF_STAGE = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": (), None: PARTS}
 
 
 @dataclass(slots=True)
@@ -287,8 +287,9 @@ class StocksDataModule(ZooDataModule):
     whatever becomes of it later.
 
     Attributes:
-        panel: The bars of all stocks that were ever members; set by `setup`, as are the next two.
+        panel: The bars of all stocks that were ever members; set by `setup`, as are the next three.
         members: `(days, stocks)`: the members of the index that is scored.
+        learned: `(days, stocks)`: the members of what is learned from, None before `setup` for fitting.
         table: The features.
         scaler: What `setup` for fitting measured on the training days' members, None before.
         styles: `(days, stocks)`, the planted styles of a generated market.
@@ -300,6 +301,7 @@ class StocksDataModule(ZooDataModule):
     predict_set: DayDataset | None = None
     panel: Panel | None = None
     members: Mask
+    learned: Mask | None = None
     table: FeatureTable
     scaler: RobustScaler | None = None
     styles: NDArray[np.int64] | None = None
@@ -346,7 +348,7 @@ class StocksDataModule(ZooDataModule):
             val: The same for choosing settings.
             test: The same for the score.
             train_index: Indices whose members are learned from, e.g. `[csi300, csi500]`; those of the scored index if
-                left out.
+                left out. Only fitting reads them.
             cache: Folder for computed features; without one they are computed anew.
             num_workers: Processes that load.
             seed: Seed of the order, and of a generated market.
@@ -401,8 +403,9 @@ class StocksDataModule(ZooDataModule):
         Raises:
             ValueError: A split that the stage needs has no dates or no day with features.
         """
-        if self.panel is None:
-            self.panel, self.members, self.learned = self.read()
+        fitting = "train" in PARTS_OF_STAGE[stage]
+        if self.panel is None or (fitting and self.learned is None):
+            self.panel, self.members, self.learned = self.read(fitting)
             self.table = FeatureTable.load(self.panel, self.chosen, self.cache)
         if stage == "predict":
             latest = np.array([len(self.panel.dates) - 1])
@@ -414,7 +417,7 @@ class StocksDataModule(ZooDataModule):
                 raise ValueError(f"source={self.source!r} needs the dates of {part}: --data.{part} '[FIRST, LAST]'.")
             members = self.learned if part == "train" else self.members
             setattr(self, f"{part}_set", DayDataset(self.panel, self.table, members, days[part], self.window))
-        if "train" in PARTS_OF_STAGE[stage]:
+        if fitting:
             self.scaler = self.table.fit_scaler(self.train_set.samples)
 
     def default_spans(self) -> dict[str, Sequence[str]]:
@@ -427,19 +430,28 @@ class StocksDataModule(ZooDataModule):
         ends = np.round(np.cumsum((0, *GENERATED_SHARES)) * len(dates)).astype(int)
         return {part: (dates[first], dates[last - 1]) for part, first, last in zip(PARTS, ends, ends[1:], strict=False)}
 
-    def read(self) -> tuple[Panel, Mask, Mask]:
-        """Bars of all stocks that were ever members, members of the scored index, members of what is learned from."""
-        panel = self.read_bars()
+    def read(self, fitting: bool) -> tuple[Panel, Mask, Mask | None]:
+        """Bars of all stocks that were ever members, and who was a member when.
+
+        Args:
+            fitting: Whether there will be learning; otherwise `train_index` is left alone.
+
+        Returns:
+            The bars, members of the scored index, and members of what is learned from, None without fitting.
+        """
+        extra = self.train_index or [] if fitting else []
+        panel = self.read_bars(extra)
         index = SOURCES[self.source].index if self.source in SOURCES else self.index
         members = self.read_members(panel, index)
-        learned = members
-        if self.train_index:
-            learned = np.logical_or.reduce([self.read_members(panel, name) for name in self.train_index])
+        learned = np.logical_or.reduce([self.read_members(panel, name) for name in extra]) if extra else members
         ever = (members | learned).any(axis=0)
-        return keep_stocks(panel, ever), members[:, ever], learned[:, ever]
+        return keep_stocks(panel, ever), members[:, ever], learned[:, ever] if fitting else None
 
-    def read_bars(self) -> Panel:
+    def read_bars(self, extra: Sequence[str]) -> Panel:
         """All bars of the source.
+
+        Args:
+            extra: Indices of a Qlib store whose stocks to read too.
 
         Raises:
             DataNotFoundError: They are not there, or not named.
@@ -452,7 +464,7 @@ class StocksDataModule(ZooDataModule):
             self.styles = generated.styles
             return generated.panel
         if self.source == "qlib":
-            return read_store(self.store(), [self.index or "all", *(self.train_index or [])])
+            return read_store(self.store(), [self.index or "all", *extra])
         if not self.file:
             raise DataNotFoundError("the bars", [], "Name a parquet or CSV file with --data.file FILE.")
         return read_panel(self.file, self.columns)

@@ -137,7 +137,9 @@ class StocksTask(MoETask):
         self.load_best()
         card = miga_card(self.model, data, self.trainer.current_epoch)
         golden = golden_day(data)
-        config = (hub.assets() / "configs/stocks/miga-conv.yaml").read_text()
+        config = self.data_config(
+            data, StocksDataModule, "runs/stocks/test", {"twin": self.twin} if self.twin else None
+        )
         hub.save(self.model.cpu().eval(), folder, card=card, golden_input=golden, config=config)
         print(f"Checkpoint: {folder}")
 

@@ -216,6 +216,16 @@ def test_more_members_may_be_learned_from_than_are_scored(own: dict[str, Any]) -
     assert module.scaler.median.tolist() != alone.scaler.median.tolist()
 
 
+def test_only_fitting_reads_what_is_learned_from(own: dict[str, Any]) -> None:
+    module = set_up("test", **own, train_index=["nowhere"])
+    assert module.learned is None and module.panel.symbols == set_up("test", **own).panel.symbols
+    with pytest.raises(UnknownNameError, match="nowhere"):
+        module.setup("fit")
+    module = set_up("test", **own, train_index=["small"])
+    module.setup("fit")
+    assert module.panel.symbols[-1] == "000006" and module.learned[:, -1].any()
+
+
 def test_without_members_all_that_is_traded_counts(own: dict[str, Any], panel: Panel) -> None:
     module = set_up("test", **own | {"membership": None, "index": None})
     assert module.panel.symbols == panel.symbols
@@ -446,7 +456,7 @@ def test_data_that_are_missing(own: dict[str, Any], tmp_path: Path, panel: Panel
 
 @pytest.mark.skipif(not os.environ.get(ENVIRONMENT_VARIABLE), reason=f"{ENVIRONMENT_VARIABLE} names no data folder")
 def test_real_members() -> None:
-    panel, members, learned = StocksDataModule(train_index=["csi300", "csi500"]).read()
+    panel, members, learned = StocksDataModule(train_index=["csi300", "csi500"]).read(fitting=True)
     assert panel.close.shape == members.shape == (1212, 840)
     assert (members.sum(1).min(), members.sum(1).max()) == (238, 271) and learned.sum(1).min() > 600
     assert not (members & ~learned).any() and members.any(0).sum() == 370

@@ -20,6 +20,8 @@ from zoo.errors import UnknownNameError
 SMALL = ["--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--data.window=3", "--data.features=alpha20"]
 GENERATED = ["--data.source=generated", "--data.train_index=null", "--data.market={days: 190, stocks: 24}", *SMALL]
 NETWORK = "features: 20, window: 3, hidden_dim: 8, expert_dim: 4, num_groups: 2, experts_per_group: 3, top_k: 2"
+NEW = ["--model.network", f"{{{NETWORK}}}"]
+SPANS = (("train", "03", "08"), ("val", "09", "14"), ("test", "15", "20"))
 CONFIGS = sorted(Path("configs/stocks").glob("*.yaml"))
 RELEASED = "stocks/miga-conv-csi300"
 METRICS = {
@@ -47,8 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def bars(tmp_path: Path) -> Path:
+def write_bars(folder: Path) -> Path:
     """Daily bars of the user's own under names of their own."""
     panel = generate_market(days=80, stocks=12).panel
     rows = [
@@ -56,9 +57,25 @@ def bars(tmp_path: Path) -> Path:
         for row, date in enumerate(panel.dates.astype(str))
         for column, symbol in enumerate(panel.symbols)
     ]
-    path = tmp_path / "bars.csv"
+    path = folder / "bars.csv"
     pd.DataFrame(rows).to_csv(path, index=False)
     return path
+
+
+@pytest.fixture
+def bars(tmp_path: Path) -> Path:
+    """Such bars."""
+    return write_bars(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def learned_from_a_file(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The checkpoint of a run on a file of the user's own, and what names the file."""
+    folder = tmp_path_factory.mktemp("own")
+    named = ["--data.file", str(write_bars(folder)), "--data.columns={symbol: ticker, date: day}"]
+    spans = [f"--data.{part}=[2000-03-{first}, 2000-03-{last}]" for part, first, last in SPANS]
+    main(["fit", "-c", "configs/stocks/own.yaml", *named, *spans, *SMALL, *NEW, "--out", str(folder / "run")])
+    return [str(folder / "run/checkpoint"), *named, SMALL[1]]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -97,7 +114,7 @@ def test_test_scores_beside_the_twin_and_volatility(trained: Path, tmp_path: Pat
 
 def test_the_shipped_checkpoint_verifies_scores_and_predicts(tmp_path: Path) -> None:
     hub.verify(RELEASED)
-    source = ["--data.source=generated", "--data.train_index=null", "--data.market={days: 190, stocks: 24}"]
+    source = ["--data.source=generated", "--data.market={days: 190, stocks: 24}"]
     metrics = main(["test", RELEASED, *source, "--out", str(tmp_path / "test")])
     assert metrics["coverage"] == 100 and np.isfinite(metrics["RankIC"])
     main(["predict", RELEASED, *source, "--out", str(tmp_path / "latest")])
@@ -126,6 +143,31 @@ def test_predict_ranks_the_latest_day_of_a_file(trained: Path, bars: Path, tmp_p
     assert rows["rank"].tolist() == list(range(1, 13)) and rows["score"].is_monotonic_decreasing
     assert set(rows["date"]) == {"2000-03-20"} and rows["experts"].str.match(r"\d \(0\.\d\d\), ").all()
     assert "Best of 12 stocks on 2000-03-20" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_tested_on_what_it_learned_from(trained: Path, tmp_path: Path) -> None:
+    checkpoint, quiet = str(trained / "checkpoint"), SMALL[1]
+    metrics = main(["test", checkpoint, quiet, "--out", str(tmp_path)])
+    assert "style_nmi" in metrics and not any(name.startswith("twin/") for name in metrics)
+    assert set(pd.read_parquet(tmp_path / "predictions.parquet")["symbol"].str[0]) == {"S"}
+    fit = ["fit", "-c", "configs/stocks/twin.yaml", *GENERATED, "--model.network=null", "--trainer.max_epochs=1"]
+    fit += ["--model.pretrained", checkpoint, "--model.twin", checkpoint]
+    main([*fit, "--out", str(tmp_path / "tuned")])
+    again = main(["test", str(tmp_path / "tuned/checkpoint"), quiet, "--out", str(tmp_path)])
+    assert again["twin/RankIC"] == metrics["RankIC"] and again["coverage"] == 100
+
+
+def test_a_checkpoint_of_a_file_asks_for_the_file(
+    learned_from_a_file: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, *named = learned_from_a_file
+    for command in ("test", "predict"):
+        assert "--data.file FILE" in sentence(capsys, command, checkpoint, "--out", str(tmp_path))
+    main(["test", checkpoint, *named, "--out", str(tmp_path)])
+    rows = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert (rows["date"].min(), rows["date"].max(), len(rows)) == ("2000-03-15", "2000-03-18", 4 * 12)
+    main(["predict", checkpoint, *named, "--out", str(tmp_path)])
+    assert set(pd.read_parquet(tmp_path / "predictions.parquet")["date"]) == {"2000-03-20"}
 
 
 def test_network_and_data_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
