@@ -64,6 +64,8 @@ SETS = {
     ),
 }
 
+# What the user's own pairs are called where sets have their names.
+OWN = "own"
 # Official layouts: infrared and visible folders by split, compared without case; the first that is there is read.
 LAYOUTS: Mapping[str, Mapping[str | None, tuple[str, str]]] = {
     "MSRS": {"train": ("train/ir", "train/vi"), "val": ("val/ir", "val/vi"), "test": ("test/ir", "test/vi")},
@@ -378,6 +380,13 @@ class FusionDataModule(ZooDataModule):
         trained = ", ".join(f"{count} pairs of {source}" for source, count in counts.items())
         return f"{trained}; {len(parts['val'])} pairs held out for validation"
 
+    def instead_of_sets(self) -> dict[str, Any]:
+        """Arguments that keep a checkpoint of the user's own pairs from being tested on a set; none without such pairs.
+
+        With them `test` asks for a folder.
+        """
+        return {"sources": [], "test_source": OWN} if self.folder or self.ir else {}
+
     def source_folders(self) -> list[Path]:
         """The folders that the images come from, where no result may be written."""
         pairs = [pair for part in self.pairs_by_part().values() for pair in part if isinstance(pair, FilePair)]
@@ -402,9 +411,9 @@ class FusionDataModule(ZooDataModule):
             ValueError: Only one of the two folders is named, or `folder` beside them.
         """
         if self.folder and not (self.ir or self.vi):
-            return read_folder(Path(self.folder), "own")
+            return read_folder(Path(self.folder), OWN)
         if self.ir and self.vi and not self.folder:
-            return pair_up(Path(self.ir), Path(self.vi), "own")
+            return pair_up(Path(self.ir), Path(self.vi), OWN)
         if self.folder or self.ir or self.vi:
             given = ", ".join(f"{name}={value}" for name in ("folder", "ir", "vi") if (value := getattr(self, name)))
             raise ValueError(f"Found {given}: name both --data.ir DIR and --data.vi DIR, or --data.folder DIR alone.")

@@ -129,6 +129,7 @@ class DetectionTask(MoETask):
         self.images = images or list(IMAGES)
         self.min_size = min_size
         self.pretrained = pretrained
+        self.fusion_name = fusion
         self.weights_backbone = weights_backbone
         self.truth: list[Objects] = []
         self.found: dict[str, list[Objects]] = {}
@@ -234,7 +235,9 @@ class DetectionTask(MoETask):
         """Save the detectors as a checkpoint in the run folder."""
         folder = Path(self.trainer.default_root_dir) / "checkpoint"
         data: FusionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-        config = (hub.assets() / "configs/fusion/detection.yaml").read_text()
+        arguments = {"fusion": self.fusion_name} if self.fusion_name else None
+        config = self.data_config(data, DetectionDataModule, "runs/fusion/test", arguments)
+        config["data"]["init_args"] |= data.instead_of_sets()
         hub.save(self.model.cpu().eval(), folder, card=detection_card(self.model, data), config=config)
         print(f"Checkpoint: {folder}")
 

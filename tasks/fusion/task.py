@@ -171,7 +171,10 @@ class FusionTask(MoETask):
         self.model.cpu().eval()
         # Infrared, visible and attention: a checkpoint is given away; an image of the data may not be ours to give.
         golden = list(torch.rand(3, 1, 1, 96, 128, generator=torch.Generator().manual_seed(0)))
-        config = (hub.assets() / "configs/fusion/roadscene.yaml").read_text()
+        config = self.data_config(
+            data, FusionDataModule, "runs/fusion/test", {"twin": self.twin} if self.twin else None
+        )
+        config["data"]["init_args"] |= data.instead_of_sets()
         hub.save(self.model, folder, card=card, golden_input=golden, config=config)
         print(f"Checkpoint: {folder}")
 

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from command_line import sentence
 from PIL import Image
 from torch import Tensor
 
 import zoo
 from tasks.fusion import detection
-from tasks.fusion.data import FusionDataModule
+from tasks.fusion.data import FusionDataModule, generate_pairs
 from tasks.fusion.detection import (
     IMAGES,
     DetectionDataModule,
@@ -132,6 +133,26 @@ def test_fit_and_test_on_generated_pairs(fusion: str, tmp_path: Path, capsys: py
     truth = [objects([list(b) for b in r.true_boxes], [1] * len(r.true_labels)) for r in own.itertuples()]
     assert sum(len(there["labels"]) for there in truth) > 0
     assert mean_average_precision(found, truth, ["hot"])["mAP"] == pytest.approx(metrics["infrared/mAP"])
+
+
+def test_detectors_are_tested_on_what_they_learned_from(fusion: str, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("pycocotools")
+    fit = ["fit", "-c", CONFIG, "--model.classes=[hot]", "--model.min_size=96", *FEW, GENERATED[-1]]
+    main([*fit, *GENERATED, "--model.fusion", fusion, "--out", str(tmp_path / "run")])
+    few = [GENERATED[-1], "--trainer.limit_test_batches=1", "--out", str(tmp_path / "out")]
+    assert "fused/mAP" in main(["test", str(tmp_path / "run/checkpoint"), *few])
+    assert pd.read_parquet(tmp_path / "out/predictions.parquet")["id"].str.startswith("synthetic").all()
+    boxes = {}
+    for place, pair in enumerate(generate_pairs(0)[:6]):
+        for band, pixels in zip(("ir", "vi"), pair.read(), strict=True):
+            (tmp_path / band).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / band / f"{place}.png")
+        boxes[str(place)] = [{"label": "hot", "xyxy": xyxy} for xyxy in pair.boxes.tolist()]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    own = [f"--data.folder={tmp_path}"]
+    main([*fit, *own, "--model.fusion=null", "--model.images=[visible]", "--out", str(tmp_path / "own")])
+    assert "--data.folder DIR" in sentence(capsys, "test", str(tmp_path / "own/checkpoint"), *few)
+    assert "visible/mAP" in main(["test", str(tmp_path / "own/checkpoint"), *few, *own])
 
 
 def test_scoring_counts_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from zoo.cli import main
 from zoo.errors import UnknownNameError
 
 GENERATED = ["--data.sources=[generated]", "--data.test_source=generated", "--trainer.enable_progress_bar=false"]
+ONE_EPOCH = ["--data.crop=64", "--data.crops_per_image=1", "--trainer.max_epochs=1", "--data.batch_size=12"]
 CONFIGS = sorted(path for path in Path("configs/fusion").glob("*.yaml") if path.stem != "detection")
 
 
@@ -45,8 +46,7 @@ def own(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_learns(config: Path, tmp_path: Path) -> None:
-    small = ["--data.crop=64", "--data.crops_per_image=1", "--trainer.max_epochs=1", "--data.batch_size=12"]
-    main(["fit", "-c", str(config), *GENERATED, *small, "--out", str(tmp_path)])
+    main(["fit", "-c", str(config), *GENERATED, *ONE_EPOCH, "--out", str(tmp_path)])
     hub.verify(tmp_path / "checkpoint")
 
 
@@ -102,6 +102,37 @@ def test_predict_never_writes_among_the_sources(trained: Path, own: Path, capsys
     )
     assert "holds the sources" in words
     assert {path: path.read_bytes() for path in own.rglob("*.png")} == before
+
+
+def test_a_checkpoint_is_tested_on_what_it_learned_from(trained: Path, tmp_path: Path) -> None:
+    checkpoint, few = str(trained / "checkpoint"), [GENERATED[-1], "--trainer.limit_test_batches=1"]
+    metrics = main(["test", checkpoint, *few, "--out", str(tmp_path)])
+    assert set(pd.read_parquet(tmp_path / "predictions.parquet")["id"].str.split("_").str[0]) == {"synthetic"}
+    # The twin is that of the fit.
+    assert "twin/EN" in metrics
+    fit = ["fit", "-c", "configs/fusion/own.yaml", "--model.pretrained", checkpoint, *GENERATED, *ONE_EPOCH]
+    main([*fit, "--out", str(tmp_path / "tuned")])
+    assert "twin/EN" not in main(["test", str(tmp_path / "tuned/checkpoint"), *few, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("named", [("--data.folder={}",), ("--data.ir={}/ir", "--data.vi={}/vi")])
+def test_a_checkpoint_of_own_pairs_asks_for_them(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], named: tuple[str, ...]
+) -> None:
+    for band in ("ir", "vi"):
+        for place in range(3, 6):
+            shutil.copy(own / band / "scene 0.png", own / band / f"scene {place}.png")
+    folders = [argument.format(own) for argument in named]
+    run = ["fit", "-c", "configs/fusion/own.yaml", *folders, GENERATED[-1], *ONE_EPOCH, "--data.crop=48"]
+    main([*run, "--out", str(tmp_path / "run")])
+    checkpoint, out = str(tmp_path / "run/checkpoint"), ["--out", str(tmp_path / "out"), GENERATED[-1]]
+    for command in ("test", "predict"):
+        assert "set 'own'" in (words := sentence(capsys, command, checkpoint, *out)) and "--data.folder DIR" in words
+    assert "names no set" in sentence(capsys, "validate", checkpoint, *out)
+    main(["test", checkpoint, *folders, *out])
+    assert pd.read_parquet(tmp_path / "out/predictions.parquet")["id"].tolist() == [f"scene {i}" for i in range(6)]
+    main(["predict", checkpoint, *folders, *out])
+    assert (tmp_path / "out/scene 5.png").is_file()
 
 
 def test_attention_of_boxes_needs_boxes(tmp_path: Path, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
