@@ -1,6 +1,7 @@
 """Lightning task of cross-sectional stock prediction: learn MIGA, score it beside what it is compared with, predict."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from tasks.stocks.baselines import low_volatility
 from tasks.stocks.data import Day, DayDataset, StocksDataModule
 from tasks.stocks.evaluate import (
+    MIN_STOCKS,
     STYLE_NAMES,
     Market,
     daily_ic,
@@ -92,11 +94,13 @@ class StocksTask(MoETask):
             self.model = Miga(**self.network)
 
     def setup(self, stage: str) -> None:
-        """Compare the network with the data, and let a new one adopt the data's scaling.
+        """Compare the networks with the data, and let a new one adopt the data's scaling.
 
         Raises:
-            ValueError: They differ in features or window, or an ensemble is to be trained.
+            ValueError: They differ in features or window, the trainer has several processes, an ensemble is to be
+                trained, or validation has too few stocks.
         """
+        self.require_one_process("Days are scored one by one, and each would choose the best epoch by its own.")
         data: StocksDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         found = len(data.table.names), data.window
         if found != (self.model.features, self.model.window):
@@ -105,10 +109,13 @@ class StocksTask(MoETask):
                 f"{found[0]} on {found[1]}: set model.network's features and window to those of --data.features and "
                 "--data.window."
             )
+        for name in filter(None, (self.pretrained, self.twin)):
+            check_features(name, data.table.names)
         if stage != "fit":
             return
         if isinstance(self.model, MigaEnsemble):
             raise ValueError(f"{self.pretrained} is an ensemble, which only scores: fine-tune a network of one seed.")
+        check_validation(data.require("val_set"))
         if not self.pretrained:
             self.model.standardise_by(data.scaler)
 
@@ -246,6 +253,40 @@ SPEAKERS = 3
 def network_of(model: Miga | MigaEnsemble) -> Miga:
     """The network itself, or the first of an ensemble."""
     return model.first if isinstance(model, MigaEnsemble) else model
+
+
+def check_features(name: str, found: Sequence[str]) -> None:
+    """Refuse a checkpoint that has learned from other features, or from the same in another order.
+
+    Args:
+        name: The checkpoint; one whose card names no features is let through.
+        found: The features of the data.
+
+    Raises:
+        ValueError: They differ.
+    """
+    learned = hub.info(name).card.preprocessing.get("features", found)
+    for place, (theirs, ours) in enumerate(zip_longest(learned, found, fillvalue="nothing"), 1):
+        if theirs != ours:
+            raise ValueError(
+                f"{name} has learned from other features than the data have, or in another order: feature {place} is "
+                f"{theirs}, in the data {ours}. Set --data.features to those that `moe-zoo info {name} --json` lists."
+            )
+
+
+def check_validation(dataset: DayDataset) -> None:
+    """Refuse validation days none of which has enough stocks to rank.
+
+    Raises:
+        ValueError: There are too few.
+    """
+    known = dataset.universe & np.isfinite(dataset.returns)
+    most = int(known[dataset.days].sum(axis=1).max())
+    if most < MIN_STOCKS:
+        raise ValueError(
+            f"A day's RankIC, which picks the best epoch, needs {MIN_STOCKS} stocks with features and a known return; "
+            f"no day of --data.val has more than {most}. Give bars of more stocks, or other days."
+        )
 
 
 def to_array(values: Tensor) -> Array:

@@ -1,15 +1,18 @@
 """The real command line on a generated market and on a file of the user's own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 from command_line import sentence
 
 import zoo
+from tasks.stocks.data import ALPHA20
 from tasks.stocks.model import Miga, MigaEnsemble
 from tasks.stocks.panel import BARS, generate_market
 from tasks.stocks.task import LOW_VOLATILITY, StocksTask, calmness
@@ -21,7 +24,10 @@ SMALL = ["--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--dat
 GENERATED = ["--data.source=generated", "--data.train_index=null", "--data.market={days: 190, stocks: 24}", *SMALL]
 NETWORK = "features: 20, window: 3, hidden_dim: 8, expert_dim: 4, num_groups: 2, experts_per_group: 3, top_k: 2"
 NEW = ["--model.network", f"{{{NETWORK}}}"]
-SPANS = (("train", "03", "08"), ("val", "09", "14"), ("test", "15", "20"))
+SPANS = [
+    *("--data.train=[2000-03-03, 2000-03-08]", "--data.val=[2000-03-09, 2000-03-14]"),
+    "--data.test=[2000-03-15, 2000-03-20]",
+]
 CONFIGS = sorted(Path("configs/stocks").glob("*.yaml"))
 RELEASED = "stocks/miga-conv-csi300"
 METRICS = {
@@ -49,9 +55,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_bars(folder: Path) -> Path:
+def write_bars(folder: Path, stocks: int = 12) -> Path:
     """Daily bars of the user's own under names of their own."""
-    panel = generate_market(days=80, stocks=12).panel
+    panel = generate_market(days=80, stocks=stocks).panel
     rows = [
         {"ticker": symbol, "day": date, **{name: getattr(panel, name)[row, column] for name in BARS}}
         for row, date in enumerate(panel.dates.astype(str))
@@ -73,8 +79,7 @@ def learned_from_a_file(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The checkpoint of a run on a file of the user's own, and what names the file."""
     folder = tmp_path_factory.mktemp("own")
     named = ["--data.file", str(write_bars(folder)), "--data.columns={symbol: ticker, date: day}"]
-    spans = [f"--data.{part}=[2000-03-{first}, 2000-03-{last}]" for part, first, last in SPANS]
-    main(["fit", "-c", "configs/stocks/own.yaml", *named, *spans, *SMALL, *NEW, "--out", str(folder / "run")])
+    main(["fit", "-c", "configs/stocks/own.yaml", *named, *SPANS, *SMALL, *NEW, "--out", str(folder / "run")])
     return [str(folder / "run/checkpoint"), *named, SMALL[1]]
 
 
@@ -174,6 +179,34 @@ def test_network_and_data_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture
     network = ["--model.network", "{features: 20, window: 5}"]
     words = sentence(capsys, "fit", "-c", "configs/stocks/miga-conv.yaml", *GENERATED, *network, "--out", str(tmp_path))
     assert "20 features on 5 days, the data have 20 on 3" in words
+
+
+def test_features_are_compared_by_name(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, names = str(trained / "checkpoint"), list(ALPHA20)
+    test = ["test", checkpoint, SMALL[1], "--out", str(tmp_path)]
+    for features, words in (
+        ([names[1], names[0], *names[2:]], f"feature 1 is {names[0]}, in the data {names[1]}"),
+        ([*names[:-1], "KMID"], f"feature 20 is {names[-1]}, in the data KMID"),
+    ):
+        assert words in sentence(capsys, *test, f"--data.features=[{', '.join(features)}]")
+    card = hub.info(checkpoint).card
+    fewer = replace(card, preprocessing={"features": names[:19], "window": 3})
+    twin = zoo.save(Miga(features=19, window=3, hidden_dim=8), tmp_path / "twin", card=fewer)
+    assert f"feature 20 is nothing, in the data {names[-1]}" in sentence(capsys, *test, f"--model.twin={twin}")
+    # A card that names none, as of a checkpoint from elsewhere, is let through.
+    silent = zoo.save(zoo.load(checkpoint), tmp_path / "silent", card=replace(card, preprocessing={}))
+    assert "twin/IC" in main([*test, f"--model.twin={silent}"])
+
+
+def test_several_processes_and_too_few_stocks_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = ["fit", "-c", "configs/stocks/own.yaml", *SPANS, *SMALL, *NEW, "--out", str(tmp_path)]
+    fit += ["--data.columns={symbol: ticker, date: day}", "--data.file"]
+    assert "needs 10 stocks" in (words := sentence(capsys, *fit, str(write_bars(tmp_path, stocks=9))))
+    assert "no day of --data.val has more than 9" in words
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    assert "--trainer.devices=1" in sentence(capsys, *fit, str(write_bars(tmp_path)))
 
 
 def test_wrong_words(trained: Path) -> None:
