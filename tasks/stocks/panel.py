@@ -5,6 +5,8 @@ scaling of features on training days alone.
 """
 
 import hashlib
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +28,10 @@ Dates = NDArray[np.datetime64]
 BARS = ("open", "high", "low", "close", "volume")
 COLUMNS = ("symbol", "date", *BARS)
 MEMBERSHIP_COLUMNS = ("index", "symbol", "opt-in", "opt-out")
+# How files of Chinese index members write a symbol: the exchange, then the code.
+WITH_EXCHANGE = re.compile(r"(?:SH|SZ|BJ)(\d+)")
+# Some members are always missing, e.g. the delisted (a fifth to a quarter in the development data); more look wrong.
+MOST_MISSING = 0.5
 # A new listing trades without the usual price limits.
 LISTING_DAYS = 10
 # A label reads the closes of the next two days.
@@ -94,7 +100,8 @@ class Panel:
 def read_panel(path: str | Path, columns: Mapping[str, str] | None = None) -> Panel:
     """Read daily bars, one row per stock and day, from a parquet or CSV file.
 
-    Rows without a price or with a volume of zero are days on which the stock was not traded.
+    Rows without a price or with a volume of zero are days on which the stock was not traded. A time with a time zone
+    counts for the day there.
 
     Args:
         path: The file.
@@ -133,8 +140,9 @@ def read_panel(path: str | Path, columns: Mapping[str, str] | None = None) -> Pa
 def read_membership(path: str | Path, index: str, panel: Panel) -> Mask:
     """Which stocks were members of an index on each day: opt-in <= day < opt-out.
 
-    The file has the columns index, symbol (`SZ000001`: the exchange, then the panel's symbol), opt-in and opt-out, one
-    row per stay; a stay without an opt-out lasts. Nothing else of it is read.
+    The file has the columns index, symbol, opt-in and opt-out, one row per stay; a stay without an opt-out lasts.
+    Nothing else of it is read. Symbols are those of the panel; `SH`, `SZ` or `BJ` before a number may be more than the
+    panel's have. Members without bars are left out, with a warning if they are most of those of the panel's days.
 
     Args:
         path: The CSV file.
@@ -156,13 +164,26 @@ def read_membership(path: str | Path, index: str, panel: Panel) -> Mask:
     members = np.zeros(panel.close.shape, dtype=bool)
     first = _read_dates(rows["opt-in"], f"{path}, column 'opt-in'")
     last = _read_dates(rows["opt-out"], f"{path}, column 'opt-out'")
-    for symbol, start, end in zip(rows["symbol"].str[2:], first, last, strict=True):
-        if symbol in column:
-            members[(panel.dates >= start) & (np.isnat(end) | (panel.dates < end)), column[symbol]] = True
+    listed: dict[str, bool] = {}
+    for symbol, start, end in zip(rows["symbol"].astype(str), first, last, strict=True):
+        days = (panel.dates >= start) & (np.isnat(end) | (panel.dates < end))
+        if days.any():
+            place = column.get(symbol, column.get(_without_exchange(symbol)))
+            listed[symbol] = place is not None
+            if place is not None:
+                members[days, place] = True
     if not members.any():
         raise ValueError(
             f"{path}: no member of {index} is in the panel, whose symbols look like {', '.join(panel.symbols[:3])}; "
-            f"the file's look like {', '.join(rows['symbol'][:3])}, of which the first two letters are dropped."
+            f"the file's look like {', '.join(rows['symbol'][:3])}. Write both alike; SH, SZ or BJ before a number may "
+            "be left out of the panel's."
+        )
+    missing = [symbol for symbol, there in listed.items() if not there]
+    if len(missing) > MOST_MISSING * len(listed):
+        warnings.warn(
+            f"{path}: {len(missing)} of {len(listed)} members of {index} have no bars, e.g. {missing[0]}; they are "
+            f"left out of all days. The bars' symbols look like {', '.join(panel.symbols[:3])}.",
+            stacklevel=2,
         )
     return members
 
@@ -391,6 +412,11 @@ def _ahead(values: Array, days: int) -> Array:
     return np.where(inside[:, None], values[rows.clip(0, len(values) - 1)], np.nan)
 
 
+def _without_exchange(symbol: str) -> str:
+    match = WITH_EXCHANGE.fullmatch(symbol)
+    return match[1] if match else symbol
+
+
 def _read_table(path: Path, source: Mapping[str, str]) -> "pd.DataFrame":
     """The columns under our names; whatever is not a number in a CSV file stays text."""
     import pandas as pd
@@ -437,4 +463,6 @@ def _read_dates(values: "pd.Series", where: str) -> Dates:
             values = pd.to_datetime(text, format="ISO8601")
         except ValueError as error:
             raise ValueError(f"{where}: cannot read a date ({error}). Write 2020-01-31 or 20200131.") from error
+    # The cast alone would go through UTC, where an evening in New York or a morning in Shanghai is another day.
+    values = values.dt.tz_localize(None)
     return np.asarray(values, "datetime64[D]")

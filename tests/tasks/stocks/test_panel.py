@@ -71,6 +71,15 @@ def test_dates_may_be_numbers_or_timestamps(tmp_path, dates):
         assert list(panel.dates.astype(str)) == ["2024-01-02", "2024-01-03", "2024-01-04"]
 
 
+@pytest.mark.parametrize("zone", ["Asia/Shanghai", "America/New_York"])
+def test_dates_of_a_time_zone_stay_on_their_day(tmp_path, zone):
+    late = pd.to_datetime(table()["date"]) + pd.Timedelta(hours=0 if zone == "Asia/Shanghai" else 20)
+    for suffix in ("csv", "parquet"):
+        frame = table().assign(date=late.dt.tz_localize(zone))
+        panel = read_panel(write(frame, tmp_path / f"bars.{suffix}"), {"symbol": "code"})
+        assert list(panel.dates.astype(str)) == ["2024-01-02", "2024-01-03", "2024-01-04"]
+
+
 def test_empty_rows_and_zero_volume_are_days_without_trade(tmp_path):
     frame = table(volume=[100, 200, 0, 400, 500], close=[10.0, np.nan, 11, 12, 21])
     panel = read_panel(write(frame, tmp_path / "bars.csv"), {"symbol": "code"})
@@ -142,6 +151,29 @@ def test_members_from_opt_in_to_the_day_before_opt_out(tmp_path):
         read_membership(path, "csi1000", panel)
     with pytest.raises(ValueError, match="no member of csi500 is in the panel"):
         read_membership(path, "csi500", replace(panel, symbols=("0", "1", "2")))
+
+
+def test_members_are_matched_by_their_whole_symbol(tmp_path):
+    bars = panel_of(np.ones((6, 4)))
+    stays = [("own", symbol, 0, "a", "2005-04-08", None) for symbol in ("AAPL", "BAC", "FOXA", "XA")]
+    path = membership(tmp_path, stays)
+    members = read_membership(path, "own", replace(bars, symbols=("AAPL", "BAC", "C", "FOXA")))
+    assert members.all(axis=0).tolist() == [True, True, False, True]
+    # As in Qlib's files, where the bars' symbols have the exchange too.
+    stays = [("own", symbol, 0, "a", "2005-04-08", None) for symbol in ("SH600000", "SZ000001", "BJ830000", "SHEL")]
+    path = membership(tmp_path, stays)
+    members = read_membership(path, "own", replace(bars, symbols=("SH600000", "000001", "830000", "EL")))
+    assert members.all(axis=0).tolist() == [True, True, True, False]
+
+
+def test_members_without_bars_are_counted_if_they_are_most(tmp_path):
+    bars = replace(panel_of(np.ones((6, 4))), symbols=("AAPL", "BAC", "C", "FOXA"))
+    stays = [("own", symbol, 0, "a", "2005-04-08", None) for symbol in ("AAPL", "BAC US", "C US", "AAPL")]
+    left = ("own", "GE", 0, "a", "1990-01-01", "2023-12-31")
+    with pytest.warns(UserWarning, match=r"2 of 3 members of own have no bars, e.g. BAC US; .* look like AAPL, BAC, C"):
+        assert read_membership(membership(tmp_path, [*stays, left]), "own", bars).any(axis=0).tolist()[0]
+    # Half of them, and one that left before the first day: no warning, which would be an error here.
+    read_membership(membership(tmp_path, [*stays[:2], left]), "own", bars)
 
 
 def test_membership_knows_no_future(tmp_path):
