@@ -332,7 +332,7 @@ class FusionDataModule(ZooDataModule):
             vi: The folder of the visible images that have the same stems.
             crop: Side of the training windows in pixels.
             crops_per_image: Windows of every training pair per epoch.
-            batch_size: Windows per training batch; whole pairs come one by one.
+            batch_size: Windows per training batch, at least 2 for mixtures; whole pairs come one by one.
             num_workers: Processes that load.
             seed: Seed of order, windows and generated pairs.
         """
@@ -394,10 +394,13 @@ class FusionDataModule(ZooDataModule):
 
     def loader(self, dataset: Dataset[Any], shuffle: bool = False, **options: Any) -> DataLoader[Any]:
         """Windows in batches, whole pairs one by one."""
+        count = len(dataset)  # type: ignore[arg-type]
+        # A mixture's gates are standardised over a batch: where the last would hold a single window it gets another.
+        windows = count + int(count % max(1, self.batch_size) == 1)
         return LateLoader(
             dataset,
             batch_size=self.batch_size if shuffle else 1,
-            sampler=CropSampler(len(dataset), self.seed) if shuffle else None,  # type: ignore[arg-type]
+            sampler=CropSampler(windows, self.seed) if shuffle else None,
             num_workers=self.num_workers,
             collate_fn=collate,
             generator=torch.Generator().manual_seed(self.seed),

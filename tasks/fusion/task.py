@@ -115,6 +115,19 @@ class FusionTask(MoETask):
         elif self.weights_backbone:
             raise ValueError(f"weights_backbone={self.weights_backbone} is for new networks with attention='detector'.")
 
+    def setup(self, stage: str) -> None:
+        """Compare the network with the data.
+
+        Raises:
+            ValueError: A mixture is to learn from batches of one.
+        """
+        data: FusionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and self.model.mixture and data.batch_size == 1:
+            raise ValueError(
+                "--data.batch_size 1: gates are standardised over the windows of a batch. Choose 2 or more, or train "
+                "the twin with --model.network.mixture false."
+            )
+
     def fuse(self, batch: Pairs) -> Fusion:
         """Fuse a batch, with attention on its boxes if the network was built for boxes.
 

@@ -442,6 +442,16 @@ def windows(module: FusionDataModule, epoch: int) -> tuple[list[str], torch.Tens
     return [name for batch in batches for name in batch.names], torch.cat([batch.visible for batch in batches])
 
 
+@pytest.mark.parametrize(("size", "sizes"), [(4, [4, 4, 4, 2]), (6, [6, 6, 2]), (13, [13, 2]), (1, [1] * 14)])
+def test_every_window_is_in_a_batch_of_two_or_more(own: str, size: int, sizes: list[int]) -> None:
+    module = set_up("fit", folder=own, batch_size=size, crops_per_image=2)
+    loader = module.train_dataloader()
+    assert [len(batch) for batch in loader] == sizes and len(loader) == len(sizes)
+    indices = sorted(index for _, index in loader.sampler)
+    # With a single window left another one is drawn, so that none is lost.
+    assert indices == list(range(sum(sizes))) and len(module.train_set) == 14
+
+
 def test_windows_depend_on_seed_and_epoch_alone(own: str) -> None:
     module = set_up("fit", folder=own)
     windows(module, 0)

@@ -135,6 +135,15 @@ def test_a_checkpoint_of_own_pairs_asks_for_them(
     assert (tmp_path / "out/scene 5.png").is_file()
 
 
+def test_no_batch_of_a_mixture_holds_a_single_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", "-c", "configs/fusion/roadscene.yaml", *GENERATED, *ONE_EPOCH, "--out", str(tmp_path)]
+    # Of 20 windows.
+    main([*fit, "--data.batch_size=19"])
+    assert (tmp_path / "checkpoint").is_dir()
+    assert "Choose 2 or more" in sentence(capsys, *fit, "--data.batch_size=1")
+    main([*fit, "--data.batch_size=1", "--model.network.mixture=false", "--trainer.limit_train_batches=2"])
+
+
 def test_attention_of_boxes_needs_boxes(tmp_path: Path, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     boxes = ["--model.network={attention: boxes}", *GENERATED, "--trainer.max_epochs=1", "--data.crop=64"]
     main(["fit", "-c", "configs/fusion/roadscene.yaml", *boxes, "--data.crops_per_image=1", "--out", str(tmp_path)])
