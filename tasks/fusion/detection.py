@@ -232,7 +232,9 @@ class DetectionTask(MoETask):
             self.log(f"val_{name}", sum(row[name] for row in scores.values()) / len(scores), prog_bar=True)
 
     def on_fit_end(self) -> None:
-        """Save the detectors as a checkpoint in the run folder."""
+        """Save the detectors as a checkpoint in the run folder; of several processes, the first does."""
+        if not self.trainer.is_global_zero:
+            return
         folder = Path(self.trainer.default_root_dir) / "checkpoint"
         data: FusionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         arguments = {"fusion": self.fusion_name} if self.fusion_name else None

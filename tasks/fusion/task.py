@@ -177,7 +177,9 @@ class FusionTask(MoETask):
         return StepOutput(loss, fusion.fused, torch.cat(bands, 1))
 
     def on_fit_end(self) -> None:
-        """Save the network as a checkpoint in the run folder."""
+        """Save the network as a checkpoint in the run folder; of several processes, the first does."""
+        if not self.trainer.is_global_zero:
+            return
         folder = Path(self.trainer.default_root_dir) / "checkpoint"
         data: FusionDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         card = fusion_card(self.model, data, self.trainer.global_step)
@@ -273,13 +275,14 @@ class FusionTask(MoETask):
         for place, name in enumerate(batch.names):
             target = folder / f"{name}.png"
             shares: dict[str, list[float]] = {}
-            if not target.exists():
+            new = not target.exists()
+            if new:
                 fusion = self.fuse(batch)
                 coloured = bool(batch.chroma[place].any())
                 luminance = fusion.fused[place].clamp(0, 1)
                 write_image(recolour(luminance, batch.chroma[place]) if coloured else luminance, target)
                 shares = shares_of(fusion, place)
-            row = {"id": name, "file": str(target), "new": bool(shares) or not self.model.mixture}
+            row = {"id": name, "file": str(target), "new": new}
             self.prediction_rows.append({**row, **{f"experts_{key}": value for key, value in shares.items()}})
         return self.prediction_rows[done:]
 

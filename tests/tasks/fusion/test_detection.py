@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 from command_line import sentence
 from PIL import Image
@@ -133,6 +134,14 @@ def test_fit_and_test_on_generated_pairs(fusion: str, tmp_path: Path, capsys: py
     truth = [objects([list(b) for b in r.true_boxes], [1] * len(r.true_labels)) for r in own.itertuples()]
     assert sum(len(there["labels"]) for there in truth) > 0
     assert mean_average_precision(found, truth, ["hot"])["mAP"] == pytest.approx(metrics["infrared/mAP"])
+
+
+def test_one_of_several_processes_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pycocotools")
+    monkeypatch.setattr(pl.Trainer, "is_global_zero", False)
+    fit = ["fit", "-c", CONFIG, "--model.classes=[hot]", "--model.min_size=96", *FEW, *GENERATED]
+    main([*fit, "--model.fusion=null", "--model.images=[visible]", "--out", str(tmp_path)])
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_detectors_are_tested_on_what_they_learned_from(fusion: str, tmp_path: Path, capsys) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 from command_line import sentence
 from PIL import Image
@@ -91,6 +92,22 @@ def test_predict_writes_colour_images_under_their_own_names_and_goes_on(trained:
     assert written[1].exists() and written[0].stat().st_mtime_ns == before
     rows = pd.read_parquet(out / "predictions.parquet")
     assert rows["new"].tolist() == [False, True, False]
+
+
+def test_predict_says_which_images_of_a_twin_are_new(own: Path, tmp_path: Path) -> None:
+    arguments = ["predict", "fusion/twin-roadscene", "--data.ir", str(own / "ir"), "--data.vi", str(own / "vi")]
+    arguments += ["--out", str(tmp_path / "fused"), GENERATED[-1]]
+    main(arguments)
+    (tmp_path / "fused/scene 2.png").unlink()
+    main(arguments)
+    assert pd.read_parquet(tmp_path / "fused/predictions.parquet")["new"].tolist() == [False, False, True]
+
+
+def test_one_of_several_processes_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pl.Trainer, "is_global_zero", False)
+    fit = ["fit", "-c", "configs/fusion/twin.yaml", *GENERATED, *ONE_EPOCH, "--trainer.limit_train_batches=1"]
+    main([*fit, "--out", str(tmp_path)])
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_predict_never_writes_among_the_sources(trained: Path, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
