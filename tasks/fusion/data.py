@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tasks.fusion.images import LUMINANCE, SUFFIXES, luminance, read_pixels, read_size, to_tensor, to_ycbcr
+from tasks.fusion.losses import WINDOW
 from zoo.data import EpochSampler, LateLoader, ZooDataModule, check_disjoint, find
 from zoo.errors import DataNotFoundError, UnknownNameError
 
@@ -326,11 +327,12 @@ class FusionDataModule(ZooDataModule):
                 is held out for validation.
             test_source: The set whose test pairs are scored: one of these, m3fd_fusion or tno.
             folder: A folder of your own instead of the sets: with `ir/` and `vi/`, in the layout of one of the sets, or
-                with a `pairs.csv` (columns name, ir, vi and, if you like, split and time). Unless it says which pairs
-                are which, `fit` learns from all of it but the validation pairs, `test` and `predict` take all of it.
+                with a `pairs.csv` (columns name, ir, vi and, if you like, split: train, val or test, and time: day or
+                night). Unless it says which pairs are which, `fit` learns from all of it but the validation pairs,
+                `test` and `predict` take all of it. To learn from, sides must be at least 11 pixels.
             ir: A folder of infrared images of your own, instead of `folder`.
             vi: The folder of the visible images that have the same stems.
-            crop: Side of the training windows in pixels.
+            crop: Side of the training windows in pixels, at least 11.
             crops_per_image: Windows of every training pair per epoch.
             batch_size: Windows per training batch, at least 2 for mixtures; whole pairs come one by one.
             num_workers: Processes that load.
@@ -355,6 +357,7 @@ class FusionDataModule(ZooDataModule):
                 raise ValueError("--data.sources names no set, and there is no --data.folder: nothing to learn from.")
             divided = [split_validation(pairs) for pairs in ([own] if own else map(self.read_set, self.sources))]
             train, val = (inspect_all([pair for part in divided for pair in part[i]]) for i in range(2))
+            check_sizes([*train, *val], self.crop)
             check_crop(train, self.crop)
             self.train_set = CropDataset(PairDataset(train, keep=True), self.crop, self.crops_per_image, self.seed)
             self.val_set = PairDataset(val, keep=True)
@@ -566,9 +569,14 @@ def read_table(folder: Path, source: str) -> list[FilePair]:
         rows = list(csv.DictReader(file))
     if missing := {"name", "ir", "vi"} - set(rows[0] if rows else ()):
         raise ValueError(f"{folder / 'pairs.csv'} has no pairs or lacks the columns {', '.join(sorted(missing))}.")
-    for row in rows:
-        if row.get("split") and row["split"] not in SPLITS:
-            raise UnknownNameError(f"split in {folder / 'pairs.csv'}", row["split"], SPLITS)
+    for number, row in enumerate(rows, 1):
+        if not (row["name"] and row["ir"] and row["vi"]):
+            found = ", ".join(f"{column}={row[column] or ''}" for column in ("name", "ir", "vi"))
+            raise ValueError(f"{folder / 'pairs.csv'}, pair {number}: found {found}. Fill in all three.")
+        for column, allowed in (("split", SPLITS), ("time", NIGHT_BY_TIME)):
+            if row.get(column) and row[column] not in allowed:
+                hint = "Leave it empty if it is not known."
+                raise UnknownNameError(f"{column} in {folder / 'pairs.csv'}", row[column], allowed, hint)
     return [
         FilePair(
             source=source,
@@ -648,6 +656,22 @@ def inspect_all(pairs: Sequence[Pair]) -> list[Pair]:
     advice = "Replace what is unreadable, register both images to one size, or move the whole pair away."
     complain("pairs cannot be used", problems, advice)
     return inspected
+
+
+def check_sizes(pairs: Sequence[Pair], crop: int) -> None:
+    """Refuse what is smaller than a window of the losses.
+
+    Args:
+        pairs: Of training and validation.
+        crop: Side of the training windows.
+
+    Raises:
+        ValueError: The training windows are, or pairs.
+    """
+    if crop < WINDOW:
+        raise ValueError(f"--data.crop {crop}: the losses need sides of at least {WINDOW} pixels.")
+    small = [f"{pair.name}: {pair.size[0]} x {pair.size[1]}" for pair in pairs if min(pair.size) < WINDOW]
+    complain(f"pairs have a side below {WINDOW} pixels, which the losses need", small, "Move them away.")
 
 
 def check_crop(pairs: Sequence[Pair], crop: int) -> None:

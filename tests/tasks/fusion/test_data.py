@@ -177,6 +177,15 @@ def test_a_table_may_name_validation_pairs_and_must_be_right(tmp_path: Path) -> 
     write_table(tmp_path, [{**row, "split": "trian"} for row in rows])
     with pytest.raises(UnknownNameError, match="Did you mean 'train'"):
         set_up("fit", folder=str(tmp_path))
+    for time in ("Night", "dusk"):
+        write_table(tmp_path, [{**row, "time": time} for row in rows])
+        with pytest.raises(UnknownNameError, match=rf"Unknown time in .*pairs\.csv '{time}'.* Allowed: day, night"):
+            set_up("fit", folder=str(tmp_path))
+    write_table(tmp_path, rows)
+    with (tmp_path / "pairs.csv").open("a") as file:
+        file.write("00004,thermal/00004.png\n")
+    with pytest.raises(ValueError, match=r"pair 5: found name=00004, ir=thermal/00004\.png, vi=\. Fill in"):
+        set_up("predict", folder=str(tmp_path))
     write_table(tmp_path, [rows[0], rows[0]])
     with pytest.raises(ValueError, match=r"1 names of pairs occur twice in .*: 00000\."):
         set_up("fit", folder=str(tmp_path))
@@ -324,6 +333,16 @@ def test_windows_larger_than_an_image(tmp_path: Path) -> None:
     write_folders(tmp_path, "ir", "vi", numbered(6))
     with pytest.raises(ValueError, match=r"5 pairs are smaller than --data\.crop 22: 00000: 24 x 20; .* at most .* 20"):
         set_up("fit", folder=str(tmp_path), crop=22)
+
+
+def test_sides_that_the_losses_cannot_read(tmp_path: Path) -> None:
+    write_folders(tmp_path, "ir", "vi", numbered(6))
+    with pytest.raises(ValueError, match=r"--data\.crop 10: the losses need sides of at least 11"):
+        set_up("fit", folder=str(tmp_path), crop=10)
+    # The validation pair.
+    write_pair(tmp_path / "ir" / "00004.png", tmp_path / "vi" / "00004.png", size=(24, 10))
+    with pytest.raises(ValueError, match=r"1 pairs have a side below 11 pixels, .*: 00004: 24 x 10\."):
+        set_up("fit", folder=str(tmp_path))
 
 
 @pytest.mark.parametrize(
