@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import Metric
 
 # The nine of `mean_rank`; in each, more is better.
 NINE_METRICS = ("EN", "SD", "SF", "AG", "MI", "SCD", "VIF", "Qabf", "SSIM")
@@ -244,36 +243,6 @@ def score(fused: Tensor, infrared: Tensor, visible: Tensor) -> dict[str, float]:
         "PSNR": psnr(fused, infrared, visible),
     }
     return {name: values[name].item() for name in METRICS}
-
-
-class FusionMetrics(Metric):
-    """The mean over all images of every metric of `score`."""
-
-    full_state_update = False
-    is_differentiable = False
-
-    totals: Tensor
-    images: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("totals", torch.zeros(len(METRICS), dtype=torch.double), dist_reduce_fx="sum")
-        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, fused: Tensor, infrared: Tensor, visible: Tensor) -> None:
-        """Score one pair; its size may differ from that of others.
-
-        Args:
-            fused: `(H, W)`, see `score`.
-            infrared: `(H, W)`.
-            visible: `(H, W)`.
-        """
-        self.totals += self.totals.new_tensor(list(score(fused, infrared, visible).values()))
-        self.images += 1
-
-    def compute(self) -> dict[str, Tensor]:
-        """A scalar for each of `METRICS`."""
-        return dict(zip(METRICS, self.totals / self.images, strict=True))
 
 
 def mean_rank(table: Mapping[str, Mapping[str, float]], metrics: Sequence[str] = NINE_METRICS) -> dict[str, float]:

@@ -12,11 +12,10 @@ from skimage.measure import block_reduce, shannon_entropy
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 from sklearn.metrics import mutual_info_score
 from torch.nn import functional
-from torchmetrics import MetricCollection
 from torchmetrics.functional.image import visual_information_fidelity as torchmetrics_vif
 
 from tasks.fusion import metrics
-from tasks.fusion.metrics import METRICS, NINE_METRICS, FusionMetrics, mean_rank, quantize, score
+from tasks.fusion.metrics import NINE_METRICS, mean_rank, quantize, score
 
 SIZE = (47, 60)
 SSIM_OPTIONS = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
@@ -220,32 +219,6 @@ def test_small_images():
     score(*(texture(41, 41) for _ in range(3)))
     with pytest.raises(ValueError, match="at least 41"):
         score(*(texture(40, 50) for _ in range(3)))
-
-
-def test_mean_over_images_of_any_size():
-    triples = [tuple(texture(*size) for _ in range(3)) for size in ((41, 44), (50, 43), (44, 60))]
-    rows = [score(*triple) for triple in triples]
-    expected = {name: np.mean([row[name] for row in rows]) for name in METRICS}
-    metric, other = FusionMetrics(), FusionMetrics()
-    for triple in triples[:2]:
-        metric.update(*triple)
-    assert {name: value.item() for name, value in other(*triples[2]).items()} == pytest.approx(rows[2])
-    # What a second process has seen is added.
-    metric.merge_state(other)
-    result = metric.compute()
-    assert tuple(result) == METRICS
-    assert {name: value.item() for name, value in result.items()} == pytest.approx(expected)
-    metric.reset()
-    metric.update(*triples[0])
-    assert {name: value.item() for name, value in metric.compute().items()} == pytest.approx(rows[0])
-
-
-def test_in_a_collection(images, scores):
-    collection = MetricCollection([FusionMetrics()], prefix="test/")
-    collection.update(*images)
-    assert {name: value.item() for name, value in collection.compute().items()} == pytest.approx(
-        {f"test/{name}": value for name, value in scores.items()}
-    )
 
 
 def test_mean_rank():
