@@ -109,8 +109,9 @@ class StocksTask(MoETask):
                 f"{found[0]} on {found[1]}: set model.network's features and window to those of --data.features and "
                 "--data.window."
             )
-        for name in filter(None, (self.pretrained, self.twin)):
-            check_features(name, data.table.names)
+        for name in (self.pretrained, self.twin if stage == "test" else None):
+            if name:
+                check_features(name, data.table.names)
         if stage != "fit":
             return
         if isinstance(self.model, MigaEnsemble):

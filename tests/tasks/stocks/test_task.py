@@ -193,6 +193,8 @@ def test_features_are_compared_by_name(trained: Path, tmp_path: Path, capsys: py
     fewer = replace(card, preprocessing={"features": names[:19], "window": 3})
     twin = zoo.save(Miga(features=19, window=3, hidden_dim=8), tmp_path / "twin", card=fewer)
     assert f"feature 20 is nothing, in the data {names[-1]}" in sentence(capsys, *test, f"--model.twin={twin}")
+    # Only a test looks at the twin.
+    main(["predict", checkpoint, SMALL[1], "--model.twin=nowhere", "--out", str(tmp_path / "latest")])
     # A card that names none, as of a checkpoint from elsewhere, is let through.
     silent = zoo.save(zoo.load(checkpoint), tmp_path / "silent", card=replace(card, preprocessing={}))
     assert "twin/IC" in main([*test, f"--model.twin={silent}"])
