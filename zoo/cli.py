@@ -310,10 +310,11 @@ def _run_files(command: str, folder: Path, task: Any, configured: Any) -> dict[s
             "save_on_train_epoch_end": True,
             "enable_version_counter": False,
         }
-        # Two callbacks: Lightning's save_last writes only when the best one is written.
-        callbacks.append(ModelCheckpoint(filename="last", **files))
+        # Two callbacks: Lightning's save_last writes only when the best one is written. The last one comes last, as it
+        # stores what the other has judged best: a resumed run would else rank against a state one epoch old.
         if task.monitor:
             callbacks.append(ModelCheckpoint(filename="best", monitor=task.monitor, mode=task.monitor_mode, **files))
+        callbacks.append(ModelCheckpoint(filename="last", **files))
     logger = configured.logger
     if logger is None:
         logger = CSVLogger(folder, name="logs") if command == "fit" else False

@@ -159,6 +159,22 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened():
         assert torch.equal(tensor, parts["state_dict"][key])
 
 
+def test_a_resumed_run_keeps_the_best_checkpoint(monkeypatch):
+    def judge(task, batch, batch_idx):
+        task.log("val_loss", [3.0, 1.0, 2.0, 2.5][task.current_epoch])
+
+    monkeypatch.setattr("toys.ToyTask.validation_step", judge)
+    write("toy.yaml", CONFIG | {"trainer": CONFIG["trainer"] | {"max_epochs": 4}})
+    main(["fit", "-c", "toy.yaml", "--out", "whole"])
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "toy.yaml", "--out", "parts", "--model.stop_at", "10"])
+    main(["fit", "-c", "toy.yaml", "--out", "parts", "--ckpt_path", "last"])
+    whole, parts = weights("whole", "best"), weights("parts", "best")
+    assert whole["epoch"] == parts["epoch"] == 1
+    for key, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, parts["state_dict"][key])
+
+
 def test_ctrl_c_says_where_the_last_checkpoint_lies(capsys):
     handler = signal.getsignal(signal.SIGINT)
     for step, told in (
@@ -172,8 +188,8 @@ def test_ctrl_c_says_where_the_last_checkpoint_lies(capsys):
         assert signal.getsignal(signal.SIGINT) == handler
 
 
-def weights(folder):
-    return torch.load(f"{folder}/checkpoints/last.ckpt", weights_only=True)
+def weights(folder, name="last"):
+    return torch.load(f"{folder}/checkpoints/{name}.ckpt", weights_only=True)
 
 
 def test_shipped_configs_are_found_from_any_folder(here, monkeypatch, capsys):
