@@ -22,7 +22,8 @@ class MoELayer(RoutedModule):
     (router column to stored expert) and forced routing (the argument `routing`).
 
     Attributes:
-        expert_mask: `(E,)` or `(T, E)` bool; set it to forbid experts, None allows all.
+        expert_mask: `(E,)` or `(T, E)` bool; set it to forbid experts, None allows all. A unit that may use none is
+            padding, unless the router has null experts.
         expert_map: `(E,)` int64, the stored expert behind each router column, or None.
     """
 

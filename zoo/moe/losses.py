@@ -121,14 +121,19 @@ def probability_in_top_k(clean: Tensor, noisy: Tensor, std: Tensor, top_k: int) 
         noisy: `(T, E')` logits that were selected on.
         std: `(T, E')` standard deviation of the noise.
         top_k: K. With K = E' the probability is 1.
+
+    A forbidden column (-inf) has probability 0; one that competes with forbidden ones only has 1.
     """
     if top_k >= clean.shape[1]:
         return torch.ones_like(clean)
     top = noisy.topk(top_k + 1, dim=1).values
     kth, next_best = top[:, top_k - 1 : top_k], top[:, top_k:]
     threshold = torch.where(noisy > next_best, next_best, kth)
-    probability: Tensor = torch.special.ndtr((clean - threshold) / std)
-    return probability
+    # Infinities are kept out of the division, whose gradient they would make NaN.
+    allowed = clean > float("-inf")
+    contested = allowed & (threshold > float("-inf"))
+    probability = torch.special.ndtr((clean - threshold).masked_fill(~contested, 0.0) / std)
+    return torch.where(contested, probability, allowed.to(probability.dtype))
 
 
 def z_loss(routing: RoutingOutput) -> Tensor:
@@ -138,7 +143,9 @@ def z_loss(routing: RoutingOutput) -> Tensor:
 
 def entropy_loss(routing: RoutingOutput) -> Tensor:
     """Mean entropy of the router in nats (Huang et al. 2024, arXiv 2403.07652): makes top-p need fewer experts."""
-    return masked_mean(torch.special.entr(routing.router_probs).sum(1), routing.mask)
+    probs = routing.router_probs
+    # At 0 the entropy is 0, but its gradient infinite.
+    return masked_mean(torch.special.entr(probs.clamp(min=torch.finfo(probs.dtype).tiny)).sum(1), routing.mask)
 
 
 def distillation_loss(routing: RoutingOutput) -> Tensor:

@@ -37,7 +37,7 @@ class RouterInput:
         token_ids: `(T,)` int64, for routers that look them up.
         state: `(T, ...)` what the previous layer's router handed on.
         expert_output: `(T, E, *out)` where the layer runs its experts first.
-        expert_mask: `(E,)` or `(T, E)` bool; experts that are false cannot be chosen.
+        expert_mask: `(E,)` or `(T, E)` bool; experts that are false cannot be chosen. A unit without any is padding.
     """
 
     x: Tensor

@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, object]] = {
     "base": {"name": "BaseRouter", **LEARNED},
     "hash": {"name": "HashRouter", "num_experts": 4, "vocab_size": 12, "top_k": 2},
     "hash_gated": {"name": "HashRouter", **LEARNED, "vocab_size": 12},
+    "hash_gated_two": {"name": "HashRouter", **LEARNED, "vocab_size": 12, "top_k": 2},
     "stable": {"name": "StableMoERouter", **LEARNED, "vocab_size": 12, "student_dim": 5},
     "stochastic": {"name": "StochasticRouter", "num_experts": 4},
     "recurrent": {"name": "RecurrentRouter", "inner": HIDDEN, "input_dim": 8},

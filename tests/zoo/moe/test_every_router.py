@@ -162,6 +162,38 @@ def test_forbidden_experts_are_never_used(case: str, per_unit: bool) -> None:
 
 
 @every_router
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("allowed", ["one", "one_per_unit", "none_for_some", "none"])
+def test_forbidden_experts_leave_every_loss_and_gradient_finite(case: str, training: bool, allowed: str) -> None:
+    layer = make_layer(case).train(training)
+    experts = layer.router.num_experts
+    choices = {
+        "one": torch.arange(experts) == 0,
+        "one_per_unit": nn.functional.one_hot(torch.arange(21) % experts).bool(),
+        "none_for_some": (torch.arange(21) % 3 > 0)[:, None].expand(21, experts),
+        "none": torch.zeros(experts, dtype=torch.bool),
+    }
+    layer.expert_mask = choices[allowed]
+    out, routing = layer(X, token_ids=IDS, return_routing=True)
+    idle = ~layer.expert_mask.any(-1).expand(21)
+    assert torch.isfinite(out).all() and (routing.expert_index[idle] == experts).all()
+    if routing.identity_weight is None:
+        assert (out.flatten(0, 1)[idle] == 0).all()
+    total = out.square().sum()
+    for name, loss in LOSSES.items():
+        if name == "group_balancing" and routing.num_groups == 1:
+            continue
+        if name == "distillation" and routing.distilled_logits is None:
+            continue
+        value = loss(routing)
+        assert torch.isfinite(value), name
+        total = total + value
+    total.backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+@every_router
 def test_a_decision_is_replayed_and_mapped(case: str) -> None:
     layer = make_layer(case)
     experts = layer.router.num_experts

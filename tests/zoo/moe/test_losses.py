@@ -139,6 +139,31 @@ def test_entropy_matches_scipy() -> None:
     assert entropy_loss(routing).item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_entropy_of_a_router_that_is_sure_has_a_gradient() -> None:
+    logits = torch.tensor([[0.0, 200.0, 1.0]], requires_grad=True)
+    routing = routing_to([[1]], 3)
+    routing.router_probs = torch.softmax(logits, 1)
+    loss = entropy_loss(routing)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.0, abs=1e-30) and torch.isfinite(logits.grad).all()
+
+
+def test_a_forbidden_expert_has_no_load_and_one_without_rivals_has_all_of_it() -> None:
+    torch.manual_seed(0)
+    router, x = NoisyTopKRouter(8, 4, 2), torch.randn(10, 8)
+    allowed = torch.tensor([True, False, True, True])
+    routing = router(x, expert_mask=allowed)
+    free = [column[:, allowed] for column in (routing.router_logits, routing.noisy_logits, routing.noise_std)]
+    ours = probability_in_top_k(routing.router_logits, routing.noisy_logits, routing.noise_std, 2)
+    assert (ours[:, 1] == 0).all()
+    torch.testing.assert_close(ours[:, allowed], probability_in_top_k(*free, 2))
+    load_loss(routing).backward()
+    assert torch.isfinite(router.noise_weight.grad).all() and router.noise_weight.grad.norm() > 0
+    routing = router(x, expert_mask=torch.tensor([True, False, False, True]))
+    ours = probability_in_top_k(routing.router_logits, routing.noisy_logits, routing.noise_std, 2)
+    assert torch.equal(ours, torch.tensor([1.0, 0.0, 0.0, 1.0]).expand(10, 4))
+
+
 def test_consistency_is_half_the_symmetric_divergence() -> None:
     first, second = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)

@@ -52,6 +52,8 @@ class NullExpertRouter(LinearRouter):
     unit itself (LongCat), and all weights sum to 1. `load_balancing_loss` balances the null experts' total only.
     """
 
+    needs_expert = False
+
     def __init__(
         self,
         input_dim: int,

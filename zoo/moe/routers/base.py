@@ -1,6 +1,7 @@
 """The contract of a router, and the checks and the padding rule that all routers share."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,9 +40,11 @@ class Router(nn.Module):
 
     Attributes:
         noncausal: Whether a unit's routing depends on later units in eval mode too, so that causal models refuse it.
+        needs_expert: Whether a unit that may use no expert must be left out; false where null experts take it.
     """
 
     noncausal: bool = False
+    needs_expert: bool = True
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         """Store the sizes.
@@ -76,7 +79,8 @@ class Router(nn.Module):
         expert_mask: Tensor | None = None,
     ) -> RoutingOutput:
         """Route T units; the arguments are those of `RouterInput`."""
-        return self.route(RouterInput(x, mask, sample_index, token_ids, state, expert_output, expert_mask))
+        units = RouterInput(x, mask, sample_index, token_ids, state, expert_output, expert_mask)
+        return self.route(without_idle(units) if self.needs_expert else units)
 
     def route(self, units: RouterInput) -> RoutingOutput:
         """Decide for T units; what a subclass implements."""
@@ -157,6 +161,15 @@ class LinearRouter(Router):
     def logits(self, units: RouterInput) -> Tensor:
         """Scores `(T, E')` before any normalisation, -inf for forbidden experts."""
         return forbid(linear_fp32(units.x, self.weight), units.expert_mask)
+
+
+def without_idle(units: RouterInput) -> RouterInput:
+    """Make padding of the units that `expert_mask` leaves without any expert: a softmax over nothing is NaN."""
+    if units.expert_mask is None:
+        return units
+    able = units.expert_mask.any(-1)
+    mask = able.expand(units.x.shape[0]) if units.mask is None else units.mask & able
+    return replace(units, mask=mask, expert_mask=units.expert_mask | ~able[..., None])
 
 
 def forbid(scores: Tensor, expert_mask: Tensor | None) -> Tensor:

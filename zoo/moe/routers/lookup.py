@@ -84,9 +84,12 @@ class HashRouter(Router):
         logits = forbid(logits, units.expert_mask)
         probs = torch.softmax(logits, dim=1)
         chosen = logits.gather(1, index)
+        empty = chosen == float("-inf")
         gated_switch = self.weight is not None and self.top_k == 1
-        weight = probs.gather(1, index) if gated_switch else torch.softmax(chosen, dim=1)
-        index = index.masked_fill(chosen == float("-inf"), self.num_experts)
+        # A softmax over forbidden experts alone would be NaN.
+        known = chosen.masked_fill(empty.all(1, keepdim=True), 0.0)
+        weight = probs.gather(1, index) if gated_switch else torch.softmax(known, dim=1)
+        index = index.masked_fill(empty, self.num_experts)
         return self.output(units, index, weight, logits=logits, probs=probs)
 
 

@@ -18,6 +18,7 @@ class WrappedRouter(Router):
         super().__init__(inner.num_experts, inner.top_k)
         self.inner = inner
         self.noncausal = inner.noncausal
+        self.needs_expert = inner.needs_expert
 
     @property
     def compares_units(self) -> bool:
@@ -142,13 +143,14 @@ class PooledRouter(WrappedRouter):
         sample, sizes = units.samples()
         x = units.x.float() if units.mask is None else units.x.float() * units.mask[:, None]
         total = x.new_zeros(sizes.shape[0], x.shape[1]).index_add(0, sample, x)
-        pooled = RouterInput(
+        # By forward, as no expert may be left that all units of a sample may use.
+        pooled: RoutingOutput = self.inner(
             total / sizes.clamp(min=1)[:, None],
             mask=sizes > 0,
             sample_index=torch.arange(sizes.shape[0], device=sample.device),
             expert_mask=pooled_mask(units, sample, sizes.shape[0]),
         )
-        routing = self.inner.route(pooled).take(sample)
+        routing = pooled.take(sample)
         # Padding belongs to a sample too, but is not routed.
         return self.output(
             units,
