@@ -50,6 +50,8 @@ def combine_select(slots: Tensor, routing: RoutingOutput) -> Tensor:
 def combine_concat(slots: Tensor, routing: RoutingOutput) -> Tensor:
     """All experts' outputs in the order of their ids, joined along the last dimension (K = E); weights are not used.
 
+    An expert that a unit does not use gives zero there.
+
     Raises:
         ValueError: K is not E.
     """
@@ -58,9 +60,10 @@ def combine_concat(slots: Tensor, routing: RoutingOutput) -> Tensor:
             f"combine='concat' needs every expert in every unit, but top_k={slots.shape[1]} of "
             f"{routing.num_experts}. Use DenseRouter."
         )
-    by_id = routing.expert_index.argsort(dim=1, stable=True)
-    ordered = slots.gather(1, align(by_id, slots).expand_as(slots))
-    return torch.cat(ordered.unbind(1), dim=-1)
+    # Empty slots go to a column of their own, which is cut off, so that every expert keeps its place.
+    by_id = slots.new_zeros(slots.shape[0], routing.num_experts + 1, *slots.shape[2:])
+    by_id = by_id.scatter(1, align(routing.expert_index, slots).expand_as(slots), slots)
+    return torch.cat(by_id[:, : routing.num_experts].unbind(1), dim=-1)
 
 
 def align(values: Tensor, like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.zoo.moe.reference import double_loop
 from zoo.moe import (
+    DenseRouter,
     GroupedExperts,
     ModuleExperts,
     MoELayer,
@@ -114,6 +115,20 @@ def test_expert_map_points_columns_at_stored_experts(backend: str) -> None:
         getattr(spread, name).data = getattr(merged, name).data[[1, 0, 0, 1]]
     x = torch.randn(11, 8)
     torch.testing.assert_close(layer(x), MoELayer(layer.router, spread)(x), atol=1e-6, rtol=0)
+
+
+def test_concat_leaves_the_place_of_an_expert_that_is_not_used_empty() -> None:
+    layer = MoELayer(DenseRouter(3), GroupedExperts(3, 8, 16, out_dim=2), combine="concat")
+    x = torch.randn(6, 8, requires_grad=True)
+    outputs = layer.experts.forward_all([x])
+    layer.expert_mask = torch.tensor([False, True, True])
+    expected = torch.cat([torch.zeros(6, 2), outputs[:, 1], outputs[:, 2]], dim=1)
+    out = layer(x)
+    torch.testing.assert_close(out, expected)
+    ours, theirs = (torch.autograd.grad(value.square().sum(), x, retain_graph=True)[0] for value in (out, expected))
+    torch.testing.assert_close(ours, theirs)
+    layer = MoELayer(TopKRouter(8, 3, 3), layer.experts, combine="concat")
+    torch.testing.assert_close(layer(x), outputs.flatten(1))
 
 
 def test_forced_routing_replays_a_decision() -> None:
