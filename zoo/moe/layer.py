@@ -90,7 +90,7 @@ class MoELayer(RoutedModule):
             not (causal and router.noncausal),
             "router",
             type(router).__name__,
-            "lets a unit see later ones, which a causal model must not",
+            "lets a unit see later ones (a TopKRouter does by its eval_capacity_factor), which a causal model must not",
         )
         self.router = router
         self.experts = experts

@@ -69,7 +69,8 @@ class TopKRouter(LinearRouter):
                 `update_bias` (auxiliary-loss-free balancing, DeepSeek-V3).
             capacity_factor: In training an expert takes at most `ceil(units * K / E * capacity_factor)` slots of one
                 sample; the others are dropped. None drops nothing.
-            eval_capacity_factor: The same in eval mode.
+            eval_capacity_factor: The same in eval mode. Who is dropped then depends on later units too, so a layer of a
+                causal model refuses it.
             drop_policy: Who stays when an expert is full. First choices go before second ones; among equals the more
                 probable (`probs`) or the earlier (`position`) unit stays. Needed for a capacity.
             random_second: In training the second expert is kept with probability `min(1, 2 w)`, w being its weight
@@ -130,6 +131,7 @@ class TopKRouter(LinearRouter):
         self.selection_bias = selection_bias
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
+        self.noncausal = eval_capacity_factor is not None
         self.drop_policy = drop_policy
         self.random_second = random_second
         self.register_buffer("expert_bias", torch.zeros(num_experts) if selection_bias else None)
