@@ -13,7 +13,7 @@ from zoo.moe.observe import observe_model
 from zoo.moe.routing import RoutingOutput, membership
 
 FORMAT = 1
-TENSORS = ("expert_index", "expert_weight", "router_logits", "sample_index")
+TENSORS = ("expert_index", "expert_weight", "router_logits", "sample_index", "identity_weight")
 
 
 @dataclass(slots=True)
@@ -26,6 +26,7 @@ class LayerTrace:
         router_logits: `(N, E')` float32.
         sample_index: `(N,)` int64, samples numbered through all forwards.
         num_experts: E.
+        identity_weight: `(N,)` float32 weight of the unit itself (identity null experts), or None.
     """
 
     expert_index: Tensor
@@ -33,6 +34,7 @@ class LayerTrace:
     router_logits: Tensor
     sample_index: Tensor
     num_experts: int
+    identity_weight: Tensor | None = None
 
     @classmethod
     def of(cls, routing: RoutingOutput, first_sample: int) -> "LayerTrace":
@@ -40,12 +42,14 @@ class LayerTrace:
         rows = routing.router_logits.shape[0]
         real = torch.ones(rows, dtype=torch.bool) if routing.mask is None else routing.mask.cpu()
         sample = torch.arange(rows) if routing.sample_index is None else routing.sample_index.cpu()
+        identity = routing.identity_weight
         return cls(
             routing.expert_index.cpu()[real],
             routing.expert_weight.detach().float().cpu()[real],
             routing.router_logits.detach().float().cpu()[real],
             sample[real] + first_sample,
             routing.num_experts,
+            None if identity is None else identity.detach().float().cpu()[real],
         )
 
     @classmethod
@@ -56,12 +60,17 @@ class LayerTrace:
         def widen(values: Tensor, empty: int) -> Tensor:
             return nn.functional.pad(values, (0, slots - values.shape[1]), value=empty)
 
+        def identity(part: LayerTrace) -> Tensor:
+            return torch.zeros(len(part.sample_index)) if part.identity_weight is None else part.identity_weight
+
+        has_identity = any(part.identity_weight is not None for part in parts)
         return cls(
             torch.cat([widen(part.expert_index, experts) for part in parts]),
             torch.cat([widen(part.expert_weight, 0) for part in parts]),
             torch.cat([part.router_logits for part in parts]),
             torch.cat([part.sample_index for part in parts]),
             experts,
+            torch.cat([identity(part) for part in parts]) if has_identity else None,
         )
 
     def routing(self) -> RoutingOutput:
@@ -76,6 +85,7 @@ class LayerTrace:
             probs,
             self.num_experts,
             sample_index=self.sample_index,
+            identity_weight=self.identity_weight,
         )
 
     def load_by_label(self, labels: Tensor) -> Tensor:
@@ -148,7 +158,8 @@ class RoutingTrace:
         for number, name in enumerate(self.names):
             layer = self[name]
             arrays[f"{number}.num_experts"] = np.array(layer.num_experts)
-            arrays |= {f"{number}.{key}": getattr(layer, key).numpy() for key in TENSORS}
+            tensors = {key: getattr(layer, key) for key in TENSORS}
+            arrays |= {f"{number}.{key}": value.numpy() for key, value in tensors.items() if value is not None}
         np.savez_compressed(path, allow_pickle=False, **arrays)
         return path
 
@@ -165,7 +176,9 @@ class RoutingTrace:
             if found != FORMAT:
                 raise ValueError(f"{path} has trace format {found}; this version reads {FORMAT}.")
             for number, name in enumerate(arrays["names"].tolist()):
-                tensors = {key: torch.from_numpy(arrays[f"{number}.{key}"]) for key in TENSORS}
+                tensors = {
+                    key: torch.from_numpy(arrays[f"{number}.{key}"]) for key in TENSORS if f"{number}.{key}" in arrays
+                }
                 layer = LayerTrace(num_experts=int(arrays[f"{number}.num_experts"]), **tensors)
                 trace._parts[name] = [layer]
                 trace._samples[name] = int(layer.sample_index.max()) + 1 if layer.sample_index.numel() else 0

@@ -1,6 +1,7 @@
 """Usage totals, verdicts, traces and figures on planted routings, and what hooks read from Hugging Face blocks."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,20 @@ def test_a_trace_survives_its_file_and_replays(tmp_path: Path) -> None:
         trace["c"]
     with pytest.raises(ValueError, match=r"must end in \.npz"):
         trace.save(tmp_path / "trace.pt")
+
+
+def test_a_trace_replays_what_identity_null_experts_give(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(NullExpertRouter(8, 4, 3, num_null=4, null_kind="identity"), GroupedExperts(4, 8, 16))
+    model, x = nn.ModuleDict({"a": layer}), torch.randn(2, 5, 8)
+    mask = torch.arange(5).expand(2, 5) > 0
+    with record_trace(model) as trace:
+        out, routing = layer(x, mask=mask, return_routing=True)
+        layer(x, routing=replace(routing, identity_weight=None))
+    loaded = RoutingTrace.load(trace.save(tmp_path / "trace.npz"))["a"]
+    replayed = layer(torch.cat([x[mask], x[mask]]), routing=loaded.routing())
+    torch.testing.assert_close(replayed[:8], out[mask])
+    assert (loaded.identity_weight[:8] > 0).any() and (loaded.identity_weight[8:] == 0).all()
 
 
 def test_forwards_with_other_numbers_of_slots_join() -> None:
