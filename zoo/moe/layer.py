@@ -153,11 +153,24 @@ class MoELayer(RoutedModule):
                 expert_output=all_outputs if self.experts_first else None,
                 expert_mask=self.expert_mask,
             )
+        else:
+            self.require_fit(routing, streams[0].shape[0])
         self.record(routing)
         out = self.reduce(streams, all_outputs, routing).unflatten(0, lead)
         if self.shared_experts is not None:
             out = self.add_shared(out, x)
         return (out, routing) if return_routing else out
+
+    def require_fit(self, routing: RoutingOutput, units: int) -> None:
+        """Refuse a decision that was made for other experts or other units: it would run without saying so."""
+        experts, decided = self.router.num_experts, routing.expert_index.shape[0]
+        require(
+            routing.num_experts == experts,
+            "routing",
+            f"{routing.num_experts} experts",
+            f"but the router of this layer has {experts}",
+        )
+        require(decided == units, "routing", f"{decided} units", f"but x has {units}")
 
     def add_shared(self, out: Tensor, x: Any) -> Tensor:
         """Add the shared experts' output to the routed one `(*lead, *out)`, or mix the two."""

@@ -140,6 +140,18 @@ def test_forced_routing_replays_a_decision() -> None:
     assert not torch.allclose(second(x), out)
 
 
+def test_forced_routing_of_other_experts_or_units_is_refused() -> None:
+    layer, x = make_layer(TopKRouter(8, 4, 2)), torch.randn(7, 8)
+    for other, rows, words in (
+        (TopKRouter(8, 3, 2), 7, "routing='3 experts': but the router of this layer has 4"),
+        (TopKRouter(8, 5, 2), 7, "routing='5 experts': but the router of this layer has 4"),
+        (layer.router, 6, "routing='6 units': but x has 7"),
+        (layer.router, 8, "routing='8 units': but x has 7"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            layer(x, routing=other(torch.randn(rows, 8)))
+
+
 @pytest.mark.parametrize("backend", ["loop", "sorted_mm", "grouped_mm"])
 def test_sparse_backends_equal_dense_export_path(backend: str) -> None:
     sparse = make_layer(TopKRouter(8, 4, 2), backend)
