@@ -19,6 +19,7 @@ from zoo.moe import (
     open_count_windows,
     update_selection_biases,
 )
+from zoo.moe.routed import Observer
 
 _R = TypeVar("_R", DenseToSparseRouter, StableMoERouter)
 
@@ -171,9 +172,14 @@ class UsageHealth(pl.Callback):
         self.handles = Handles([])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin new totals."""
+        """Begin new totals, of which validation within the epoch is no part."""
         self.usages = {}
-        self.handles = observe_model(pl_module, lambda name: self.usages.setdefault(name, Usage.empty()).update)
+
+        def observer_for(name: str) -> Observer:
+            usage = self.usages.setdefault(name, Usage.empty())
+            return lambda routing: usage.update(routing) if trainer.training else None
+
+        self.handles = observe_model(pl_module, observer_for)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the totals of the epoch."""

@@ -102,6 +102,13 @@ def test_health_is_logged_and_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not task.model[2]._observers
 
 
+def test_health_is_that_of_training_alone(tmp_path: Path) -> None:
+    health = UsageHealth()
+    fit(RoutedToy(), health, tmp_path=tmp_path, val_check_interval=0.4)
+    assert health.usages["model.2"].units == 40, "validation has as many rows, twice"
+    assert health.usages["model.2"].counts.sum() == 80
+
+
 def test_windows_cover_an_optimiser_step(tmp_path: Path) -> None:
     task, seen = RoutedToy(), []
     layer = MoELayer(TopKRouter(4, 4, 1), GroupedExperts(4, 4, 8), aux_losses={"load_balancing": 0.1})
