@@ -81,15 +81,28 @@ def sequence_balancing_loss(routing: RoutingOutput) -> Tensor:
         return load_balancing_loss(routing)
     ids, sample = routing.sample_index.unique(return_inverse=True)
     samples, columns = ids.shape[0], routing.num_columns
-    chosen = sample[:, None] * (columns + 1) + routing.selected_index
-    counts = torch.bincount(chosen.flatten(), minlength=samples * (columns + 1)).float()
-    counts = counts.view(samples, columns + 1)[:, :columns]
-    share = counts / counts.sum(1, keepdim=True).clamp(min=1.0)
     real = torch.ones_like(sample, dtype=torch.bool) if routing.mask is None else routing.mask
     sizes = torch.zeros(samples, device=sample.device).index_add_(0, sample, real.float())
     probs = routing.router_probs.masked_fill(~real[:, None], 0.0)
-    mean_probs = torch.zeros_like(share).index_add(0, sample, probs) / sizes.clamp(min=1.0)[:, None]
+    mass = probs.new_zeros(samples, columns).index_add(0, sample, probs)
+    counts = sample_counts(routing, sample, samples) if routing.has_slots else mass.detach()
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1.0)
+    mean_probs = mass / sizes.clamp(min=1.0)[:, None]
     return masked_mean(columns * (share * mean_probs).sum(1), sizes > 0)
+
+
+def sample_counts(routing: RoutingOutput, sample: Tensor, samples: int) -> Tensor:
+    """How often each sample's units selected each column, `(S, E')` float32.
+
+    Args:
+        routing: Has slots.
+        sample: `(T,)`, numbered from 0.
+        samples: S.
+    """
+    columns = routing.num_columns
+    chosen = sample[:, None] * (columns + 1) + routing.selected_index
+    counts = torch.bincount(chosen.flatten(), minlength=samples * (columns + 1)).float()
+    return counts.view(samples, columns + 1)[:, :columns]
 
 
 def importance_loss(routing: RoutingOutput) -> Tensor:

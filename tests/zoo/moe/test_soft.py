@@ -55,6 +55,16 @@ def test_losses_health_and_precision_as_in_any_routed_module() -> None:
     assert summary["slots_per_unit"] == pytest.approx(1.0) and summary["dropped"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_sequence_balancing_takes_each_samples_probabilities() -> None:
+    layer = make_layer(aux_losses={"sequence_balancing": 1.0})
+    _, routing = layer(X, mask=MASK, return_routing=True)
+    loss = collect_aux_losses(layer).total
+    means = [routing.router_probs[:5].mean(0), routing.router_probs[5:8].mean(0)]
+    torch.testing.assert_close(loss, torch.stack([3 * mean.square().sum() for mean in means]).mean())
+    loss.backward()
+    assert layer.slot_embedding.grad is not None and layer.slot_embedding.grad.norm() > 0
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="slots_per_expert=0"):
         SoftMoELayer(GroupedExperts(3, 8, 16), 0)
