@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.moe.experts import GroupedExperts
+from zoo.moe.experts import GroupedExperts, runs_dense
 from zoo.moe.routed import RoutedModule
 from zoo.moe.routers.base import linear_fp32, require
 from zoo.moe.routing import RoutingOutput
@@ -72,9 +72,17 @@ class SoftMoELayer(RoutedModule):
         routing = self.describe(logits, mask)
         self.record(routing)
         slots = torch.einsum("bns,bnd->sbd", dispatch.to(x.dtype), x)
-        rows = self.experts([slots.flatten(0, 1)], [self.slots_per_expert * x.shape[0]] * self.experts.num_experts)
-        out = torch.einsum("bns,sbd->bnd", combine.to(x.dtype), rows.unflatten(0, slots.shape[:2]))
+        rows = self.run(slots).unflatten(0, slots.shape[:2])
+        out = torch.einsum("bns,sbd->bnd", combine.to(x.dtype), rows)
         return (out, routing) if return_routing else out
+
+    def run(self, slots: Tensor) -> Tensor:
+        """The experts on their slots, `(E * P, B, D)` to `(E * P * B, out)`."""
+        experts, size, rows = self.experts.num_experts, self.slots_per_expert * slots.shape[1], slots.flatten(0, 1)
+        if runs_dense(self.experts):
+            return self.experts.forward_equal(rows.unflatten(0, (experts, size))).flatten(0, 1)
+        out: Tensor = self.experts([rows], [size] * experts)
+        return out
 
     def logits(self, x: Tensor) -> Tensor:
         """Scaled cosines of units and slots in float32, `(B, N, E * P)`, the slots of an expert side by side."""

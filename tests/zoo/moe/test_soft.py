@@ -65,6 +65,27 @@ def test_sequence_balancing_takes_each_samples_probabilities() -> None:
     assert layer.slot_embedding.grad is not None and layer.slot_embedding.grad.norm() > 0
 
 
+@pytest.mark.parametrize("options", [{"bias": True}, {"gated": False, "out_dim": 6}])
+def test_runs_dense_and_exports(options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    layer = SoftMoELayer(GroupedExperts(3, 8, 16, **options), 2)
+    expected = layer(X, mask=MASK)
+    names = dict(layer.named_parameters())
+    gradients = torch.autograd.grad(expected.square().sum(), names.values())
+    layer.experts.backend = "dense"
+    out = layer(X, mask=MASK)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), names.values()), gradients)
+    assert layer(X[:0]).shape == (0, *expected.shape[1:])
+
+    layer.eval()
+    layer.experts.backend = "auto"
+    sizes = {name: dict.fromkeys(range(2), torch.export.Dim.AUTO) for name in ("x", "mask")}
+    exported = torch.export.export(layer, (), {"x": X, "mask": MASK}, dynamic_shapes=sizes).module()
+    x, mask = torch.randn(4, 6, 8), torch.rand(4, 6) > 0.3
+    torch.testing.assert_close(exported(x=x, mask=mask), layer(x, mask=mask))
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="slots_per_expert=0"):
         SoftMoELayer(GroupedExperts(3, 8, 16), 0)
