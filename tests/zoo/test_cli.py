@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from toys import CARD, CONFIG, Toy
+from toys import CARD, CONFIG, Toy, ToyTask
 
 import zoo
 from zoo import cli, hub
@@ -173,6 +173,22 @@ def test_a_resumed_run_keeps_the_best_checkpoint(monkeypatch):
     assert whole["epoch"] == parts["epoch"] == 1
     for key, tensor in whole["state_dict"].items():
         assert torch.equal(tensor, parts["state_dict"][key])
+
+
+def test_the_path_of_a_checkpoint_brings_its_hyperparameters_and_last_does_not(monkeypatch):
+    dims = []
+    configure = ToyTask.configure_models
+
+    def watched(task):
+        dims.append(task.dim)
+        configure(task)
+
+    main(["fit", "-c", "toy.yaml"])
+    monkeypatch.setattr(ToyTask, "configure_models", watched)
+    main(["test", "-c", "toy.yaml", "--model.dim=5", "--ckpt_path", "runs/checkpoints/last.ckpt"])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        main(["test", "-c", "toy.yaml", "--model.dim=5", "--ckpt_path", "last"])
+    assert dims == [4, 5]
 
 
 def test_ctrl_c_says_where_the_last_checkpoint_lies(capsys):
