@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.moe import DenseRouter, NoisyTopKRouter, Router, ThresholdRouter, TopKRouter
+from zoo.moe import DenseRouter, GroupedExperts, MoELayer, NoisyTopKRouter, Router, ThresholdRouter, TopKRouter
 from zoo.moe.routers.topk import best_two
 
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
@@ -124,6 +124,11 @@ def test_threshold_router() -> None:
     assert (router(X).expert_index == 1).all()
     assert (router(X, expert_mask=torch.tensor([True, False])).expert_index == 0).all()
     assert "threshold" in router.state_dict()
+    router.threshold.fill_(1.0)
+    experts = GroupedExperts(2, 8, 16)
+    alone, probability = experts.forward_all([X])[:, 0], router(X).router_probs[:, :1]
+    torch.testing.assert_close(MoELayer(router, experts, combine="select")(X), alone)
+    torch.testing.assert_close(MoELayer(router, experts)(X), probability * alone)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "none"])

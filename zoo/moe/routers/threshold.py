@@ -10,8 +10,9 @@ from zoo.moe.routing import RouterInput, RoutingOutput
 class ThresholdRouter(Router):
     """Hard binary routing (Zhang, Davoodi and Hu 2018): column 0 is fixed at logit 0, column 1 is the gate.
 
-    Expert 1 is chosen where `sigmoid(gate) > threshold`. Threshold 1 therefore never chooses it, and the layer
-    equals its expert 0 exactly. The threshold is a buffer, so that it can be chosen after training and is saved.
+    Expert 1 is chosen where `sigmoid(gate) > threshold`. Threshold 1 therefore never chooses it, and a layer with
+    `combine="select"` equals its expert 0 exactly; any other combiner weighs the expert by its probability. The
+    threshold is a buffer, so that it can be chosen after training and is saved.
     """
 
     threshold: Tensor
