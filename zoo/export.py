@@ -205,7 +205,7 @@ def golden_inputs(name_or_folder: str | Path) -> list[Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, which shows what the model takes: save it with a golden_input.")
     tensors = load_file(path)
-    return [tensors[key] for key in sorted(key for key in tensors if key.startswith("input."))]
+    return hub.numbered(tensors, "input")
 
 
 def hook(model: nn.Module, function: str, what: str) -> Callable[..., Any]:

@@ -313,7 +313,7 @@ def verify(name_or_folder: str | Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: fetch the checkpoint again, or save it with a golden_input.")
     golden = _read_tensors(path)
-    inputs, expected = _numbered(golden, "input"), _numbered(golden, "output")
+    inputs, expected = numbered(golden, "input"), numbered(golden, "output")
     outputs = _run(model, inputs)
     if len(outputs) != len(expected):
         raise CheckpointError(f"{path} holds {len(expected)} outputs, the model gives {len(outputs)}.")
@@ -575,7 +575,8 @@ def _run(model: "nn.Module", inputs: "Sequence[Tensor]") -> "list[Tensor]":
     return outputs
 
 
-def _numbered(tensors: "Mapping[str, Tensor]", prefix: str) -> "list[Tensor]":
+def numbered(tensors: "Mapping[str, Tensor]", prefix: str) -> "list[Tensor]":
+    """The tensors `prefix.0`, `prefix.1`, ... in the order of their numbers."""
     count = sum(key.startswith(prefix + ".") for key in tensors)
     return [tensors[f"{prefix}.{index}"] for index in range(count)]
 

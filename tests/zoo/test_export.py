@@ -2,10 +2,12 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from command_line import sentence
+from safetensors.torch import save_file
 from torch import nn
 from toys import CARD, Toy
 
@@ -19,6 +21,7 @@ from zoo.export import (
     Runtime,
     compare,
     export,
+    golden_inputs,
     parity_inputs,
     random_like,
     trace,
@@ -183,6 +186,13 @@ def test_tracing_leaves_out_buffers_that_nothing_reads():
     sizes = {name: value.numel() for name, value in program.state_dict.items()}
     assert sizes == {"linear.weight": 8, "linear.bias": 2, "count": 0, "scale": 4}
     assert model.count.numel() == 3, "the model itself stays as it is"
+
+
+def test_golden_inputs_come_in_the_order_of_their_numbers(here, monkeypatch):
+    tensors = {f"input.{number}": torch.full((1,), float(number)) for number in range(11)}
+    save_file(tensors | {"output.0": torch.zeros(1)}, here / "golden.safetensors")
+    monkeypatch.setattr("zoo.hub.info", lambda name: SimpleNamespace(path=here))
+    assert torch.cat(golden_inputs("x")).tolist() == list(range(11))
 
 
 def test_inputs_of_the_comparison():
