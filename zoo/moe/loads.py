@@ -72,9 +72,7 @@ def expert_shares(loads: Mapping[str, Array], groups: Sequence[str]) -> dict[str
     shares = {}
     for layer, load in loads.items():
         totals = member @ load
-        if not totals.any(axis=1).all():
-            idle = names[int(totals.any(axis=1).argmin())]
-            raise ValueError(f"The layer {layer!r} has routed nothing of {idle!r}.")
+        _require_weight(layer, totals, names)
         shares[layer] = dict(zip(names, totals / totals.sum(axis=1, keepdims=True), strict=True))
     return shares
 
@@ -96,10 +94,15 @@ def group_dependence(
 
     Returns:
         By layer.
+
+    Raises:
+        ValueError: A group has no weight in a layer.
     """
     if not loads:
         return {}
-    _, member = _members(groups)
+    names, member = _members(groups)
+    for layer, load in loads.items():
+        _require_weight(layer, member @ load, names)
     stacked = np.concatenate(list(loads.values()), axis=1)
     begins = np.cumsum([0, *(load.shape[1] for load in loads.values())])[:-1]
     found = _explained(member @ stacked, begins)
@@ -116,6 +119,13 @@ def _members(groups: Sequence[str]) -> tuple[list[str], Array]:
     names = list(dict.fromkeys(groups))
     numbers = np.array([names.index(group) for group in groups])
     return names, (np.arange(len(names))[:, None] == numbers).astype(np.float64)
+
+
+def _require_weight(layer: str, totals: Array, names: Sequence[str]) -> None:
+    """Refuse groups without weight: nothing can be said about their experts."""
+    if not totals.any(axis=1).all():
+        idle = names[int(totals.any(axis=1).argmin())]
+        raise ValueError(f"The layer {layer!r} has routed nothing of {idle!r}.")
 
 
 def _explained(totals: Array, begins: NDArray[np.intp]) -> Array:

@@ -79,6 +79,8 @@ def test_shares_of_groups() -> None:
     np.testing.assert_allclose(shares["top"]["a"], [1, 0])
     with pytest.raises(ValueError, match="'top' has routed nothing of 'c'"):
         expert_shares({"top": load}, ["a", "a", "a", "c"])
+    with pytest.raises(ValueError, match="'top' has routed nothing of 'c'"):
+        group_dependence({"top": load}, ["a", "a", "a", "c"])
 
 
 def test_dependence_is_scikit_learns() -> None:
