@@ -7,6 +7,7 @@ from zoo.moe import (
     GroupedExperts,
     HashRouter,
     MoELayer,
+    Router,
     StableMoERouter,
     StochasticRouter,
     collect_aux_losses,
@@ -60,12 +61,27 @@ def test_balanced_table_evens_out_zipfian_traffic() -> None:
         ({"table": "balanced", "frequencies": [1.0]}, "1 values"),
         ({"table": [[0], [1]]}, r"shape \(2, 1\).*must have shape \(3, 1\)"),
         ({"table": [[0], [1], [4]]}, r"0\.\.3"),
+        (
+            {"table": [[0, 1], [1, 1], [2, 2]], "top_k": 2},
+            r"table=\[\[1, 1\]\]: must hold 2 different experts in a row",
+        ),
         ({"vocab_size": 0}, "vocab_size=0"),
     ],
 )
 def test_bad_tables(options: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         HashRouter(**{"num_experts": 4, "vocab_size": 3, **options})
+
+
+@pytest.mark.parametrize("router", [HashRouter(4, 20, top_k=2), StableMoERouter(8, 4, 20)])
+@pytest.mark.parametrize(("ids", "found"), [([0, -1], "'-1..0'"), ([20, 3], "'3..20'")])
+def test_token_ids_outside_the_vocabulary(router: Router, ids: list[int], found: str) -> None:
+    ids, x = torch.tensor(ids), X[:2]
+    with pytest.raises(ValueError, match=rf"token_ids={found}: must be in 0\.\.19, as vocab_size=20"):
+        router(x, token_ids=ids)
+    known = (ids >= 0) & (ids < 20)
+    padded = router(x, token_ids=ids, mask=known)
+    assert torch.equal(padded.expert_index[known], router(x[known], token_ids=ids[known]).expert_index)
 
 
 def test_stable_router_learns_its_own_choice_and_then_freezes_it() -> None:

@@ -72,11 +72,13 @@ class HashRouter(Router):
         require(given.shape == shape, "table", f"shape {tuple(given.shape)}", f"must have shape {shape}")
         allowed = not given.is_floating_point() and int(given.min()) >= 0 and int(given.max()) < self.num_experts
         require(allowed, "table", "entries", f"must be integers in 0..{self.num_experts - 1}")
+        repeats = (given.sort(dim=1).values.diff(dim=1) == 0).any(dim=1).nonzero().flatten().tolist()
+        require(not repeats, "table", given[repeats[:1]].tolist(), f"must hold {self.top_k} different experts in a row")
         return given.long()
 
     def route(self, units: RouterInput) -> RoutingOutput:
         """Route T units by `token_ids` `(T,)`."""
-        index = self.table[units.known_token_ids()]
+        index = self.table[known_ids(units, self.vocab_size)]
         if self.weight is None:
             logits = torch.zeros(index.shape[0], self.num_experts, device=index.device)
         else:
@@ -91,6 +93,25 @@ class HashRouter(Router):
         weight = probs.gather(1, index) if gated_switch else torch.softmax(known, dim=1)
         index = index.masked_fill(empty, self.num_experts)
         return self.output(units, index, weight, logits=logits, probs=probs)
+
+
+def known_ids(units: RouterInput, vocab_size: int) -> Tensor:
+    """The token ids `(T,)`, 0 for padding, whose ids may be anything.
+
+    Raises:
+        ValueError: One is not in the vocabulary. CUDA says so by a `RuntimeError`, and later, as nothing waits for it.
+    """
+    ids = units.known_token_ids()
+    if units.mask is not None:
+        ids = ids.masked_fill(~units.mask, 0)
+    if torch.compiler.is_compiling() or ids.device.type not in ("cpu", "cuda"):
+        return ids
+    known, rule = ((ids >= 0) & (ids < vocab_size)).all(), f"must be in 0..{vocab_size - 1}, as vocab_size={vocab_size}"
+    if ids.is_cuda:
+        torch._assert_async(known, f"token_ids: {rule}.")
+    elif not known:
+        require(False, "token_ids", f"{int(ids.min())}..{int(ids.max())}", rule)
+    return ids
 
 
 def balanced_table(frequencies: Tensor, num_experts: int, top_k: int) -> Tensor:
@@ -148,7 +169,7 @@ class StableMoERouter(LinearRouter):
     def route(self, units: RouterInput) -> RoutingOutput:
         """Route T units by `x` `(T, D)` and `token_ids` `(T,)`."""
         logits = self.logits(units)
-        student = linear_fp32(self.embedding(units.known_token_ids()), self.student_weight)
+        student = linear_fp32(self.embedding(known_ids(units, self.embedding.num_embeddings)), self.student_weight)
         # What eval mode asks of a buffer it asks by tensors, so that it exports.
         student = forbid(student.detach() if self.training and self.frozen else student, units.expert_mask)
         index = torch.where(self.frozen, student, logits).argmax(1, keepdim=True)
