@@ -336,6 +336,22 @@ class AdaptedModel(nn.Module):
         self.register_state_dict_post_hook(leave_out_borrowed)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(put_in_borrowed)  # type: ignore[no-untyped-call]
 
+    def require_same_base(self, rivals: Mapping[str, "AdaptedModel"]) -> None:
+        """Refuse to read with others what was cut for this one: on another base they would read the wrong tokens.
+
+        Args:
+            rivals: The others, by name.
+
+        Raises:
+            ValueError: One has another base.
+        """
+        for name, rival in rivals.items():
+            if rival.base_sha256 != self.base_sha256:
+                raise ValueError(
+                    f"The rival {name!r} is built on {rival.base!r}, ours on {self.base!r}, or on other weights of it: "
+                    "texts are cut once for all. Test it by itself."
+                )
+
     def load_base(self) -> Any:
         """The base as it comes."""
         return load_encoder(self.base, self.base_sha256)

@@ -261,12 +261,7 @@ class QATask(MoETask):
         self.rivals = {
             name: hub.load_as(path, QAReader).to(self.device).eval() for name, path in self.rival_names.items()
         }
-        for name, rival in self.rivals.items():
-            if rival.base_sha256 != self.model.base_sha256:
-                raise ValueError(
-                    f"The rival {name!r} is built on {rival.base!r}, ours on {self.model.base!r}, or on other weights "
-                    "of it: windows are cut once for all. Test it by itself."
-                )
+        self.model.require_same_base(self.rivals)
         self.logits = {name: Logits.of(self.data.require("test_set")) for name in (OURS, *self.rivals)}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

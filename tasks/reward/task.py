@@ -378,12 +378,7 @@ class RewardTask(MoETask):
             name: hub.load_as(path, *MODELS.values()).to(self.device).eval()  # type: ignore[type-abstract]
             for name, path in self.rival_names.items()
         }
-        for name, rival in self.rivals.items():
-            if rival.base_sha256 != self.model.base_sha256:
-                raise ValueError(
-                    f"The rival {name!r} is built on {rival.base!r}, ours on {self.model.base!r}, or on other weights "
-                    "of it: texts are cut once for all. Test it by itself."
-                )
+        self.model.require_same_base(self.rivals)
         count = len(self.data.require("test_set"))  # type: ignore[arg-type]
         names = [OURS, *([ORACLE, RANDOM] if len(self.model.groups) > 1 else []), *self.rivals]
         self.rewards = {name: np.full((2, count), np.nan) for name in names}
