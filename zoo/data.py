@@ -4,7 +4,7 @@ import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -12,6 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from zoo.errors import DataNotFoundError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ENVIRONMENT_VARIABLE = "MOE_ZOO_DATA"
 HOW_TO_NAME_THE_ROOT = (
@@ -49,6 +52,22 @@ def find(root: str | Path | None, relative: str, how_to_get: str) -> Path:
     if not path.exists():
         raise DataNotFoundError(relative, [path], how_to_get)
     return path
+
+
+def check_fields(table: "pd.DataFrame", path: str | Path) -> None:
+    """Refuse a CSV file whose rows have more fields than its header: pandas takes the first of them for an index.
+
+    Args:
+        table: As `pandas.read_csv` gives it, without `index_col`.
+        path: The file.
+
+    Raises:
+        ValueError: Its rows have more.
+    """
+    if type(table.index).__name__ != "RangeIndex":
+        raise ValueError(
+            f"{path}: the rows have more fields than the header has names. Put texts with commas in double quotes."
+        )
 
 
 def check_disjoint(splits: Mapping[str, Iterable[Hashable]]) -> None:

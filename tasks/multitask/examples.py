@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 import pandas as pd
 
+from zoo.data import check_fields
 from zoo.errors import DataNotFoundError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -109,9 +110,11 @@ def read_text_file(path: Path) -> str:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(io.StringIO(read_text_file(path)), dtype=str, keep_default_na=False)
+        table = pd.read_csv(io.StringIO(read_text_file(path)), dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise ValueError(f"{path} is not a table of comma-separated values: {error}.") from None
+    check_fields(table, path)
+    return table
 
 
 def _read_jsonl(path: Path) -> pd.DataFrame:

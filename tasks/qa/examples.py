@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from zoo.data import check_fields
 from zoo.errors import DataNotFoundError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def _read_csv(path: Path, answered: bool) -> list[Example]:
         table = pd.read_csv(io.StringIO(read_text(path)), dtype=str, keep_default_na=False)
     except pd.errors.ParserError as error:
         raise ValueError(f"{path} is not a table of comma-separated values: {error}.") from None
+    check_fields(table, path)
     _need_columns(path, table, ("question", "context", "answer") if answered else ("question", "context"))
     examples = []
     for number, row in enumerate(table.to_dict("records"), start=1):
@@ -470,7 +472,9 @@ def split_by_document(examples: Sequence[Example], share: float, seed: int = 0) 
             held.add(names[place])
             taken += documents[names[place]]
     if not held:
-        raise ValueError("No domain has two documents, so none can be held out: give a file of its own for the test.")
+        raise ValueError(
+            "No domain has two documents, so none can be held out for validation: add questions on another text."
+        )
     return [e for e in examples if e.document not in held], [e for e in examples if e.document in held]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from zoo.data import check_fields
 from zoo.errors import DataNotFoundError, UnknownNameError
 
 # Columns of a file, by what they hold; all but these three may be left out.
@@ -64,7 +65,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     Raises:
         DataNotFoundError: There is no such file.
         UnknownNameError: Its suffix is none of these.
-        ValueError: It cannot be read as what its suffix says.
+        ValueError: It cannot be read as what its suffix says, or rows of a CSV file have more fields than its header.
     """
     file = Path(path)
     if not file.is_file():
@@ -72,9 +73,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if file.suffix not in TABLES:
         raise UnknownNameError("format of preferences", file.suffix, TABLES)
     try:
-        return TABLES[file.suffix](file)
+        table = TABLES[file.suffix](file)
     except (ValueError, OSError) as error:
         raise ValueError(f"{file} is not a {file.suffix} file of UTF-8 text: {error}.") from None
+    if file.suffix == ".csv":
+        check_fields(table, file)
+    return table
 
 
 def _read_jsonl(path: Path) -> pd.DataFrame:

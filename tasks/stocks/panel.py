@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from zoo.data import check_disjoint
+from zoo.data import check_disjoint, check_fields
 from zoo.errors import DataNotFoundError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -428,6 +428,7 @@ def _read_table(path: Path, source: Mapping[str, str]) -> "pd.DataFrame":
     if path.suffix.lower() == ".csv":
         text = {column: str for name, column in source.items() if name not in BARS}
         frame = pd.read_csv(path, dtype=text)
+        check_fields(frame, path)
     else:
         frame = pd.read_parquet(path)
     if missing := [column for column in source.values() if column not in frame]:

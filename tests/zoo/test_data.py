@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from zoo.data import EpochSampler, ZooDataModule, check_disjoint, data_root, epoch_seed, find
+from zoo.data import EpochSampler, ZooDataModule, check_disjoint, check_fields, data_root, epoch_seed, find
 from zoo.errors import DataNotFoundError
 
 
@@ -69,3 +69,15 @@ def test_a_missing_part_is_named():
 
 class Numbers(ZooDataModule):
     train_set = val_set = TensorDataset(torch.arange(10))
+
+
+def test_rows_with_more_fields_than_the_header_are_refused(tmp_path):
+    """Pandas would take the first field of each for an index, and all others one column too far left."""
+    import pandas as pd
+
+    path = tmp_path / "own.csv"
+    path.write_text("prompt,answer\nHow do I sleep, please?,Go to bed.\n")
+    with pytest.raises(ValueError, match=r"own\.csv: the rows have more fields than the header.*double quotes"):
+        check_fields(pd.read_csv(path), path)
+    path.write_text('prompt,answer\n"How do I sleep, please?",Go to bed.\n')
+    check_fields(pd.read_csv(path), path)

@@ -141,6 +141,9 @@ def test_numbers_among_choices_are_texts(tmp_path):
 
 
 def test_bad_files(tmp_path):
+    (tmp_path / "fields.csv").write_text("text,task\na moving, clever film,sst2\n")
+    with pytest.raises(ValueError, match="more fields than the header"):
+        read_examples(tmp_path / "fields.csv")
     with pytest.raises(DataNotFoundError, match=r"\.csv, \.jsonl, \.parquet"):
         read_examples(tmp_path / "none.csv")
     (tmp_path / "own.txt").write_text("a")

@@ -225,6 +225,9 @@ def test_csv_takes_the_first_occurrence_and_counts_repeated_ones(tmp_path: Path)
 
 
 def test_csv_refuses_what_it_cannot_place(tmp_path: Path) -> None:
+    (tmp_path / "fields.csv").write_text("question,context\nWhere, tell me?,Ada was born in London.\n")
+    with pytest.raises(ValueError, match="more fields than the header"):
+        read_examples(tmp_path / "fields.csv", answered=False)
     row = {"question": "Who?", "context": CONTEXT, "answer": "Wace", "id": "w"}
     with pytest.raises(ValueError, match="1 with answer that does not occur in its context: w"):
         read_examples(write_csv(tmp_path / "q.csv", row, row | {"answer": "Rollo", "id": "r"}))

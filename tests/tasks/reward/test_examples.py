@@ -70,6 +70,9 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "pairs.txt").write_text("")
     with pytest.raises(UnknownNameError, match=r"\.txt"):
         read_pairs(tmp_path / "pairs.txt")
+    (tmp_path / "fields.csv").write_text("prompt,answer\nHow do I sleep, please?,Go to bed.\n")
+    with pytest.raises(ValueError, match="more fields than the header"):
+        read_candidates(tmp_path / "fields.csv")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": ')
     with pytest.raises(ValueError, match=r"not a \.jsonl file"):
         read_pairs(tmp_path / "pairs.jsonl")
