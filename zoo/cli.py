@@ -346,8 +346,12 @@ def _how_to_resume(folder: Path) -> str:
 
 def _by_name(command: str, args: Sequence[str]) -> list[str]:
     """`test NAME ...` is `test -c <its config> --model.pretrained NAME ...`; the config's network is left out."""
-    if command == "fit" or not args or args[0].startswith("-"):
+    if not args or args[0].startswith("-"):
         return list(args)
+    if command == "fit":
+        raise ValueError(
+            f"fit takes -c CONFIG first; to go on from the checkpoint {args[0]} add --model.pretrained {args[0]}."
+        )
     name, *rest = args
     config = hub.info(name).path / "config.yaml"
     if not config.is_file():

@@ -354,7 +354,10 @@ class FusionDataModule(ZooDataModule):
         own = self.read_own()
         if stage in (None, "fit", "validate"):
             if not (own or self.sources):
-                raise ValueError("--data.sources names no set, and there is no --data.folder: nothing to learn from.")
+                raise ValueError(
+                    "--data.sources names no set: nothing to learn from. Name your own pairs with --data.ir DIR "
+                    "--data.vi DIR, or --data.folder DIR."
+                )
             divided = [split_validation(pairs) for pairs in ([own] if own else map(self.read_set, self.sources))]
             train, val = (inspect_all([pair for part in divided for pair in part[i]]) for i in range(2))
             check_sizes([*train, *val], self.crop)

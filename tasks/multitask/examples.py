@@ -557,7 +557,8 @@ def check_tasks(examples: Iterable[Example], tasks: Mapping[str, list[str] | Non
     """
     for example in examples:
         if example.task not in tasks:
-            hint = "Fine-tune the model on it first (moe-zoo fit), or say by data.task which of these the text is of."
+            hint = "Fine-tune the model on it first (moe-zoo fit), or say by data.task which of these the text is of"
+            hint += "; of the texts of a file its column task says so."
             raise UnknownNameError("task", example.task, tasks, hint)
         classes = tasks[example.task]
         kind = TEXT if classes is None else CLASSES if classes else CHOICES

@@ -276,6 +276,11 @@ def test_no_best_checkpoint_without_a_number_to_rank_by(here, monkeypatch):
     assert [path.name for path in (here / "runs/checkpoints").iterdir()] == ["last.ckpt"]
 
 
+def test_fit_takes_a_config_where_others_take_a_name(capsys):
+    said = sentence(capsys, "fit", "reward/dmoerm-minilm")
+    assert "fit takes -c CONFIG first" in said and "add --model.pretrained reward/dmoerm-minilm" in said
+
+
 def test_unknown_option(capsys):
     line = sentence(capsys, "fit", "-c", "toy.yaml", "--trainr.max_epochs=3")
     assert "Unknown option 'trainr.max_epochs'. Did you mean 'trainer.max_epochs'" in line

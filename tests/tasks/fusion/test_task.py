@@ -140,6 +140,9 @@ def test_a_checkpoint_of_own_pairs_asks_for_them(
         for place in range(3, 6):
             shutil.copy(own / band / "scene 0.png", own / band / f"scene {place}.png")
     folders = [argument.format(own) for argument in named]
+    assert "Name your own pairs with --data.ir DIR" in sentence(
+        capsys, "fit", "-c", "configs/fusion/own.yaml", *ONE_EPOCH
+    )
     run = ["fit", "-c", "configs/fusion/own.yaml", *folders, GENERATED[-1], *ONE_EPOCH, "--data.crop=48"]
     main([*run, "--out", str(tmp_path / "run")])
     checkpoint, out = str(tmp_path / "run/checkpoint"), ["--out", str(tmp_path / "out"), GENERATED[-1]]
